@@ -1,0 +1,141 @@
+"""The one sample type and the one batch type that every domain hands to the engine.
+
+Axes: B studies (images), K item slots, C text context length, S series.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+Tokenizer = Callable[[Sequence[str]], Tensor]
+"""Maps N texts to an int64 tensor (N, C)."""
+
+PLACEHOLDER = "Placeholder"
+"""Text of an empty item slot (paper: padding item); masked everywhere, so its wording changes nothing."""
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be used: the message names the file, the field, what was expected and what to do."""
+
+
+@dataclass
+class ItemSample:
+    """One image or study with its text items, as a dataset returns it.
+
+    Attributes:
+        sample_id: stable name used in messages and result files.
+        image: float tensor, (3, H, W) for photographs or (S, 1, D, H, W) for studies, already normalised.
+        items: the text items to use, already drawn and shuffled for training; at least one.
+        is_normal: radiology only, the study has no finding (paper: normal check).
+        series_names: int64 (S, 110) encoded series names, or None.
+    """
+
+    sample_id: str
+    image: Tensor
+    items: list[str]
+    is_normal: bool = False
+    series_names: Tensor | None = None
+
+
+@dataclass
+class ItemBatch:
+    """A batch of images, each with K item slots.
+
+    Attributes:
+        images: (B, 3, H, W) or (B, S, 1, D, H, W).
+        item_tokens: int64 (B, K, C).
+        item_mask: bool (B, K), True where the slot holds a real item; real items come first.
+        is_normal: bool (B,).
+        sample_ids: B names.
+        series_names: int64 (B, S, 110) or None.
+    """
+
+    images: Tensor
+    item_tokens: Tensor
+    item_mask: Tensor
+    is_normal: Tensor
+    sample_ids: list[str]
+    series_names: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ItemBatch:
+        """Copy with every tensor on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> ItemBatch:
+        """Page-locked copy; DataLoader calls this by name."""
+        pinned = {f.name: v.pin_memory() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **pinned)
+
+    def chunk(self, num_chunks: int) -> list[ItemBatch]:
+        """Split along the batch into `num_chunks` near-equal parts (fewer when the batch is smaller)."""
+        bounds = torch.tensor_split(torch.arange(len(self)), min(num_chunks, len(self)))
+        parts = []
+        for rows in bounds:
+            cut = slice(int(rows[0]), int(rows[-1]) + 1)
+            parts.append(ItemBatch(**{
+                f.name: None if (value := getattr(self, f.name)) is None else value[cut] for f in fields(self)
+            }))
+        return parts
+
+    @staticmethod
+    def join(batches: Sequence[ItemBatch]) -> ItemBatch:
+        """Concatenate loaded batches into one contrastive batch; all must share K, C and image shape."""
+        if len(batches) == 1:
+            return batches[0]
+        joined: dict = {}
+        for f in fields(ItemBatch):
+            values = [getattr(batch, f.name) for batch in batches]
+            if isinstance(values[0], Tensor):
+                joined[f.name] = torch.cat(values)
+            elif isinstance(values[0], list):
+                joined[f.name] = [name for value in values for name in value]
+            else:
+                joined[f.name] = None
+        return ItemBatch(**joined)
+
+
+@dataclass
+class ItemCollator:
+    """Turns samples into an ItemBatch: pads items to K slots, tokenises, masks.
+
+    Attributes:
+        tokenizer: texts → int64 (N, C).
+        max_items: K. None means the longest sample of the batch (evaluation: no item is lost).
+    """
+
+    tokenizer: Tokenizer
+    max_items: int | None = None
+
+    def __call__(self, samples: Sequence[ItemSample]) -> ItemBatch:
+        for sample in samples:
+            if not sample.items:
+                raise BadSampleError(f"{sample.sample_id}: no text item; expected at least one. Remove or fix the sample.")
+        K = self.max_items or max(len(sample.items) for sample in samples)
+        texts: list[str] = []
+        item_mask = torch.zeros(len(samples), K, dtype=torch.bool)
+        for row, sample in enumerate(samples):
+            kept = sample.items[:K]
+            texts += kept + [PLACEHOLDER] * (K - len(kept))
+            item_mask[row, : len(kept)] = True
+        tokens = self.tokenizer(texts)
+        names = [s.series_names for s in samples if s.series_names is not None]
+        return ItemBatch(
+            images=torch.stack([sample.image for sample in samples]),
+            item_tokens=tokens.reshape(len(samples), K, -1),
+            item_mask=item_mask,
+            is_normal=torch.tensor([sample.is_normal for sample in samples]),
+            sample_ids=[sample.sample_id for sample in samples],
+            series_names=torch.stack(names) if names else None,
+        )

@@ -1,0 +1,101 @@
+"""The base of every model: an image tower, a text tower, the head, a logit scale and a logit bias.
+
+Axes: B images, N texts, L image tokens, D joint width, C text context length.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from itemizedclip.models.item_attention import ItemAttention
+
+MAX_LOGIT_SCALE = math.log(100)
+"""The logit-scale parameter is clamped to [0, ln 100] after every optimizer step."""
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What an image tower returns, in the joint space, not normalised.
+
+    Attributes:
+        global_BD: (B, D) class-token feature.
+        tokens_BLD: (B, L, D) image tokens.
+        grid: how the L tokens lie in the image: (h, w) for photographs, (S, d, h, w) for studies.
+    """
+
+    global_BD: Tensor
+    tokens_BLD: Tensor
+    grid: tuple[int, ...]
+
+
+class DualEncoder(nn.Module):
+    """Interface of every model the trainer, the evaluators and the viewer work with.
+
+    Subclasses build their towers under the published parameter names, set `head_name` to the attribute that holds
+    the head, and call `init_logit_parameters`.
+
+    Attributes:
+        config: JSON-able description; `itemizedclip.models.factory.create_model(config)` rebuilds the model.
+        logit_scale: scalar parameter, τ = exp(logit_scale).
+        logit_bias: scalar parameter β.
+    """
+
+    head_name: str
+    logit_scale: nn.Parameter
+    logit_bias: nn.Parameter
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+
+    def init_logit_parameters(self) -> None:
+        """Scale 1/0.07 and bias −10 unless the config says otherwise (`init_logit_scale` is the logarithm)."""
+        scale = self.config.get("init_logit_scale", math.log(1 / 0.07))
+        self.logit_scale = nn.Parameter(torch.tensor(float(scale)))
+        self.logit_bias = nn.Parameter(torch.tensor(float(self.config.get("init_logit_bias", -10.0))))
+
+    @property
+    def head(self) -> ItemAttention:
+        """The item-conditioned attention, under whatever name the published layout gives it."""
+        return getattr(self, self.head_name)
+
+    def encode_image(self, images: Tensor, *, series_names: Tensor | None = None) -> ImageFeatures:
+        """Image features in the joint space.
+
+        Args:
+            images: (B, 3, H, W) photographs or (B, S, 1, D, H, W) studies, normalised.
+            series_names: int64 (B, S, 110) for models conditioned on series names.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define encode_image")
+
+    def encode_text(self, tokens_NC: Tensor) -> Tensor:
+        """Text features (N, D) of int64 tokens (N, C), not normalised."""
+        raise NotImplementedError(f"{type(self).__name__} does not define encode_text")
+
+    def image_tower(self) -> list[nn.Module | nn.Parameter]:
+        """The parts that `--lock-image` freezes."""
+        raise NotImplementedError(f"{type(self).__name__} does not define image_tower")
+
+    def text_tower(self) -> list[nn.Module | nn.Parameter]:
+        """The parts that `--lock-text` freezes."""
+        raise NotImplementedError(f"{type(self).__name__} does not define text_tower")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the towers' activations in the backward pass instead of keeping them."""
+        raise NotImplementedError(f"{type(self).__name__} does not define set_grad_checkpointing")
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep τ within [1, 100]; called after every optimizer step."""
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def lock(self, *, image: bool = False, text: bool = False) -> None:
+        """Freeze whole towers; call before wrapping in DDP."""
+        parts = (self.image_tower() if image else []) + (self.text_tower() if text else [])
+        for part in parts:
+            part.requires_grad_(False)

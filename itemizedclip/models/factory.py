@@ -1,0 +1,295 @@
+"""Models, tokenizers and transforms by name or config; weights from runs and from released checkpoints.
+
+A config is a JSON object: `embed_dim`, `vision_cfg`, `text_cfg`, optional `head_heads`, `init_logit_scale`,
+`init_logit_bias`, `preprocess`. `vision_cfg.tower` names the family ("vit" when absent). Families outside the core
+register a DualEncoder subclass under the entry-point group `itemizedclip.models`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
+from torch import Tensor
+
+from itemizedclip.models.dual_encoder import DualEncoder
+from itemizedclip.models.image_text_2d import ItemizedCLIP2D
+from itemizedclip.models.tokenizers import ClipTokenizer
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+ENTRY_POINT_GROUP = "itemizedclip.models"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: the message names the file, what was expected and what to do."""
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+def _families() -> dict[str, Callable[[], type[DualEncoder]]]:
+    """Tower name → loader of its DualEncoder class."""
+    found: dict[str, Callable[[], type[DualEncoder]]] = {"vit": lambda: ItemizedCLIP2D}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        found[point.name] = point.load
+    return found
+
+
+def _config_files() -> dict[str, Path]:
+    folders = [CONFIG_FOLDER]
+    for name, load in _families().items():
+        if name != "vit":
+            folder = getattr(load(), "config_folder", None)
+            folders += [Path(folder)] if folder else []
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` and `--model` accept."""
+    return sorted(_config_files())
+
+
+def load_model_config(name_or_path: str | Path) -> dict[str, Any]:
+    """The config of a known model, or of a JSON file.
+
+    Raises:
+        ValueError: unknown name (lists the known ones) or a file that is not a config.
+    """
+    files = _config_files()
+    path = files.get(str(name_or_path))
+    if path is None:
+        path = Path(name_or_path)
+        if not path.is_file():
+            near = difflib.get_close_matches(str(name_or_path), files, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(
+                f"no model named {name_or_path}{hint}; known: {', '.join(sorted(files))}; or give the path of a config .json"
+            )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON model config ({error})") from error
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if missing:
+        raise ValueError(f"{path}: model config lacks {', '.join(missing)}")
+    config.setdefault("name", path.stem)
+    return config
+
+
+def _family(config: Mapping[str, Any]) -> type[DualEncoder]:
+    name = config["vision_cfg"].get("tower", "vit")
+    families = _families()
+    if name not in families:
+        raise ValueError(
+            f"vision_cfg.tower is {name!r}; installed families: {', '.join(sorted(families))}. "
+            "Run `pip install -e .` in the project so that the wings register theirs."
+        )
+    return families[name]()
+
+
+def create_model(config: str | Mapping[str, Any]) -> DualEncoder:
+    """A model with fresh weights from a name, a path or a config."""
+    resolved = load_model_config(config) if isinstance(config, str) else copy.deepcopy(dict(config))
+    return _family(resolved)(resolved)
+
+
+def create_tokenizer(config: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """The tokenizer a config's text tower was trained with: texts → int64 (N, C); has `pad_id`."""
+    family = _family(config)
+    if hasattr(family, "create_tokenizer"):
+        return family.create_tokenizer(config)
+    return ClipTokenizer(config["text_cfg"]["context_length"])
+
+
+def create_transform(config: Mapping[str, Any], *, is_train: bool) -> Callable[..., Tensor]:
+    """open_clip's transform for photographs: PIL image → normalised float (3, H, W).
+
+    Training: RandomResizedCrop of `preprocess.train_scale` (default 0.9–1.0), bicubic, no flip, no colour change.
+    Evaluation: shorter side resized, centre crop. Mean and deviation are CLIP's unless `preprocess` says otherwise.
+    """
+    preprocess = transform_spec(config)
+    cfg = PreprocessCfg(
+        size=preprocess["image_size"],
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+        interpolation=preprocess["interpolation"],
+        resize_mode=preprocess["resize_mode"],
+    )
+    return image_transform_v2(cfg, is_train=is_train, aug_cfg=AugmentationCfg(scale=tuple(preprocess["train_scale"])))
+
+
+def transform_spec(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `create_transform` does, as plain data for checkpoints and result files."""
+    spec = {
+        "image_size": config["vision_cfg"]["image_size"],
+        "mean": list(OPENAI_DATASET_MEAN),
+        "std": list(OPENAI_DATASET_STD),
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+        "train_scale": [0.9, 1.0],
+    }
+    return spec | dict(config.get("preprocess", {}))
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a .pt (tensors and plain data only) or .safetensors file, on the CPU.
+
+    Raises:
+        CheckpointError: no such file, a truncated file, or one that would run code when loaded.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder; give the .pt file inside" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path}: checkpoint {what}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return {"state_dict": load_file(str(path))}
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds Python objects besides tensors and plain data, which are not loaded because loading could run "
+            f"code. Save its state_dict alone and use that. ({str(error).splitlines()[0]})"
+        ) from error
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error}); copy it again") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: expected a dict of tensors or of 'state_dict', got {type(loaded).__name__}")
+    return loaded if isinstance(loaded.get("state_dict"), dict) else {"state_dict": loaded}
+
+
+def published_names(state_dict: Mapping[str, Tensor], model_keys: set[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Bring released names to this project's: returns the renamed tensors and the keys left out, each with its reason.
+
+    Drops the `module.` and `_orig_mod.` prefixes, renames `image_post2.proj` of old 2D files, leaves out buffers that
+    library versions add or drop (`position_ids`, `attn_mask`).
+    """
+    renamed: dict[str, Tensor] = {}
+    skipped: list[str] = []
+    for key, value in state_dict.items():
+        name = key
+        while name.startswith(("module.", "_orig_mod.")):
+            name = name.partition(".")[2]
+        if name not in model_keys:
+            if name.endswith(("embeddings.position_ids", "attn_mask")):
+                skipped.append(f"{key} (a buffer this version computes)")
+                continue
+            if name == "image_post2.proj":
+                name = "image_post.proj"
+        if name in renamed and not torch.equal(renamed[name], value):
+            raise CheckpointError(f"two different tensors claim the parameter {name}; the second is called {key}")
+        renamed[name] = value
+    return renamed, skipped
+
+
+def load_weights(model: DualEncoder, state_dict: Mapping[str, Tensor], *, source: str) -> list[str]:
+    """Load every parameter strictly; position tables of another size are resampled.
+
+    Args:
+        model: the model to fill.
+        state_dict: tensors under this project's or the released names.
+        source: file name for messages.
+
+    Returns:
+        The keys that were not used or were changed, each with the reason; empty when all fitted as they were.
+
+    Raises:
+        CheckpointError: missing, unknown or misshapen parameters, all named.
+    """
+    own = model.state_dict()
+    try:
+        renamed, skipped = published_names(state_dict, set(own))
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    skipped += _resize_position_tables(model, renamed, own)
+    missing = sorted(set(own) - set(renamed))
+    unknown = sorted(set(renamed) - set(own))
+    misshapen = sorted(
+        f"{k} {tuple(renamed[k].shape)} for {tuple(own[k].shape)}"
+        for k in set(own) & set(renamed)
+        if renamed[k].shape != own[k].shape
+    )
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}"
+        for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source}: does not fit the model {model.config.get('name', '')} — " + "; ".join(problems) + ". "
+            "Give the model the weights were trained with (--model), or the right checkpoint."
+        )
+    model.load_state_dict({key: renamed[key].to(own[key].dtype) for key in own})
+    return skipped
+
+
+def _resize_position_tables(model: DualEncoder, renamed: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Resample 2D and text position tables of another length in place; families may bring their own rule."""
+    if hasattr(model, "resize_position_tables"):
+        return model.resize_position_tables(renamed)
+    notes = []
+    for key, resize in (("visual.positional_embedding", resize_pos_embed), ("positional_embedding", resize_text_pos_embed)):
+        if key in renamed and key in own and renamed[key].shape != own[key].shape:
+            before = tuple(renamed[key].shape)
+            resize(renamed, model)
+            notes.append(f"{key} (resampled from {before} to {tuple(renamed[key].shape)})")
+    return notes
+
+
+@dataclass
+class LoadedModel:
+    """A model ready for evaluation.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        config: the config it was built from.
+        tokenizer: texts → int64 (N, C).
+        meta: what the checkpoint says of its run (epoch, step, options, transform, data fingerprint …).
+        notes: keys skipped or changed while loading.
+    """
+
+    model: DualEncoder
+    config: dict[str, Any]
+    tokenizer: Callable[..., Tensor]
+    meta: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def load_pretrained(path: str | Path, *, config: str | Mapping[str, Any] | None = None) -> LoadedModel:
+    """A model from a run's checkpoint or from a released one.
+
+    Args:
+        path: .pt or .safetensors file.
+        config: model name, path or config; needed only when the checkpoint does not carry its own (released files).
+
+    Raises:
+        CheckpointError: unreadable file, weights that do not fit, or no config known.
+    """
+    contents = read_checkpoint(path)
+    state_dict = contents.pop("state_dict")
+    contents.pop("optimizer", None)
+    contents.pop("scaler", None)
+    own_config = contents.get("model_config")
+    if own_config is None and config is None:
+        raise CheckpointError(
+            f"{path}: carries no model config (a released file?); name the model with --model, one of {', '.join(list_models())}"
+        )
+    chosen = own_config if own_config is not None else config
+    model = create_model(chosen if isinstance(chosen, str) else dict(chosen))  # type: ignore[arg-type]
+    notes = load_weights(model, state_dict, source=str(path))
+    return LoadedModel(model.eval(), model.config, create_tokenizer(model.config), contents, notes)
