@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
@@ -47,7 +49,7 @@ class ItemBatch:
 
     Attributes:
         images: (B, 3, H, W) or (B, S, 1, D, H, W).
-        item_tokens: int64 (B, K, C).
+        item_tokens: int64 (B, K, C), padded with 0 and as long as the longest text needs.
         item_mask: bool (B, K), True where the slot holds a real item; real items come first.
         is_normal: bool (B,).
         sample_ids: B names.
@@ -66,17 +68,18 @@ class ItemBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ItemBatch:
         """Copy with every tensor on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ItemBatch:
         """Page-locked copy; DataLoader calls this by name."""
-        pinned = {f.name: v.pin_memory() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **pinned)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> ItemBatch:
+        """Copy with `change` applied to every tensor."""
+        changed: dict[str, Any] = {
+            f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **changed)
 
     def chunk(self, num_chunks: int) -> list[ItemBatch]:
         """Split along the batch into `num_chunks` near-equal parts (fewer when the batch is smaller)."""
@@ -84,20 +87,27 @@ class ItemBatch:
         parts = []
         for rows in bounds:
             cut = slice(int(rows[0]), int(rows[-1]) + 1)
-            parts.append(ItemBatch(**{
+            values: dict[str, Any] = {
                 f.name: None if (value := getattr(self, f.name)) is None else value[cut] for f in fields(self)
-            }))
+            }
+            parts.append(ItemBatch(**values))
         return parts
 
     @staticmethod
     def join(batches: Sequence[ItemBatch]) -> ItemBatch:
-        """Concatenate loaded batches into one contrastive batch; all must share K, C and image shape."""
+        """Concatenate loaded batches into one contrastive batch; all must share K and image shape.
+
+        Texts trimmed to different lengths are padded with 0 (every tokenizer's padding here) to the longest.
+        """
         if len(batches) == 1:
             return batches[0]
-        joined: dict = {}
+        joined: dict[str, Any] = {}
+        C = max(batch.item_tokens.shape[-1] for batch in batches)
         for f in fields(ItemBatch):
             values = [getattr(batch, f.name) for batch in batches]
-            if isinstance(values[0], Tensor):
+            if f.name == "item_tokens":
+                joined[f.name] = torch.cat([F.pad(value, (0, C - value.shape[-1])) for value in values])
+            elif isinstance(values[0], Tensor):
                 joined[f.name] = torch.cat(values)
             elif isinstance(values[0], list):
                 joined[f.name] = [name for value in values for name in value]
@@ -106,12 +116,23 @@ class ItemBatch:
         return ItemBatch(**joined)
 
 
+def trim_padding(tokens_NC: Tensor, *, multiple: int = 8) -> Tensor:
+    """Cut the columns on the right that are padding (0) in every row, keeping a multiple of `multiple` columns.
+
+    Exact for every text tower here: the causal transformer never looks right, BERT masks its padding. At context 100
+    and items of a dozen tokens this saves five sixths of the text tower's work.
+    """
+    used = (tokens_NC != 0).any(0).nonzero()
+    longest = int(used[-1]) + 1 if len(used) else 1
+    return tokens_NC[:, : min(tokens_NC.shape[1], -(-longest // multiple) * multiple)]
+
+
 @dataclass
 class ItemCollator:
     """Turns samples into an ItemBatch: pads items to K slots, tokenises, masks.
 
     Attributes:
-        tokenizer: texts → int64 (N, C).
+        tokenizer: texts → int64 (N, C), padded on the right with 0; padding no text needs is cut off again.
         max_items: K. None means the longest sample of the batch (evaluation: no item is lost).
     """
 
@@ -121,7 +142,7 @@ class ItemCollator:
     def __call__(self, samples: Sequence[ItemSample]) -> ItemBatch:
         for sample in samples:
             if not sample.items:
-                raise BadSampleError(f"{sample.sample_id}: no text item; expected at least one. Remove or fix the sample.")
+                raise BadSampleError(f"{sample.sample_id}: no text item; expected at least one. Remove or fix it.")
         K = self.max_items or max(len(sample.items) for sample in samples)
         texts: list[str] = []
         item_mask = torch.zeros(len(samples), K, dtype=torch.bool)
@@ -129,7 +150,7 @@ class ItemCollator:
             kept = sample.items[:K]
             texts += kept + [PLACEHOLDER] * (K - len(kept))
             item_mask[row, : len(kept)] = True
-        tokens = self.tokenizer(texts)
+        tokens = trim_padding(self.tokenizer(texts))
         names = [s.series_names for s in samples if s.series_names is not None]
         return ItemBatch(
             images=torch.stack([sample.image for sample in samples]),

@@ -74,7 +74,8 @@ def load_model_config(name_or_path: str | Path) -> dict[str, Any]:
             near = difflib.get_close_matches(str(name_or_path), files, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(
-                f"no model named {name_or_path}{hint}; known: {', '.join(sorted(files))}; or give the path of a config .json"
+                f"no model named {name_or_path}{hint}; known: {', '.join(sorted(files))}; "
+                "or give the path of a config .json"
             )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -163,11 +164,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds Python objects besides tensors and plain data, which are not loaded because loading could run "
-            f"code. Save its state_dict alone and use that. ({str(error).splitlines()[0]})"
+            f"{path}: holds Python objects besides tensors and plain data, which are not loaded because loading could "
+            f"run code. Save its state_dict alone and use that. ({str(error).splitlines()[0]})"
         ) from error
     except Exception as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error}); copy it again") from error
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}: {error}); copy it again"
+        ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: expected a dict of tensors or of 'state_dict', got {type(loaded).__name__}")
     return loaded if isinstance(loaded.get("state_dict"), dict) else {"state_dict": loaded}
@@ -239,11 +242,13 @@ def load_weights(model: DualEncoder, state_dict: Mapping[str, Tensor], *, source
 
 
 def _resize_position_tables(model: DualEncoder, renamed: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Resample 2D and text position tables of another length in place; families may bring their own rule."""
-    if hasattr(model, "resize_position_tables"):
-        return model.resize_position_tables(renamed)
+    """Resample position tables of another length in place; a family may bring its own rule."""
+    own_rule = getattr(model, "resize_position_tables", None)
+    if own_rule is not None:
+        return own_rule(renamed)
     notes = []
-    for key, resize in (("visual.positional_embedding", resize_pos_embed), ("positional_embedding", resize_text_pos_embed)):
+    tables = {"visual.positional_embedding": resize_pos_embed, "positional_embedding": resize_text_pos_embed}
+    for key, resize in tables.items():
         if key in renamed and key in own and renamed[key].shape != own[key].shape:
             before = tuple(renamed[key].shape)
             resize(renamed, model)
@@ -287,7 +292,8 @@ def load_pretrained(path: str | Path, *, config: str | Mapping[str, Any] | None 
     own_config = contents.get("model_config")
     if own_config is None and config is None:
         raise CheckpointError(
-            f"{path}: carries no model config (a released file?); name the model with --model, one of {', '.join(list_models())}"
+            f"{path}: carries no model config (a released file?); name the model with --model, "
+            f"one of {', '.join(list_models())}"
         )
     chosen = own_config if own_config is not None else config
     model = create_model(chosen if isinstance(chosen, str) else dict(chosen))  # type: ignore[arg-type]

@@ -80,14 +80,19 @@ class ItemizedCLIP2D(DualEncoder):
         The transformer is causal, so columns after the longest text change nothing and may be cut beforehand.
         """
         C = tokens_NC.shape[1]
-        if C > self.context_length:
+        if self.context_length < C:
             raise ValueError(f"texts have {C} tokens, the text tower takes {self.context_length}")
         x = self.token_embedding(tokens_NC) + self.positional_embedding[:C]
-        x = self.transformer(x, attn_mask=self.attn_mask[:C, :C].to(x.dtype))
+        x = self.transformer(x, attn_mask=self.causal_mask(C, x.dtype))
         x = self.ln_final(x)
         # End-of-text is the highest id of the vocabulary.
         at_end = x[torch.arange(len(x), device=x.device), tokens_NC.argmax(dim=-1)]
         return self.text_post(at_end)
+
+    def causal_mask(self, length: int, dtype: torch.dtype) -> Tensor:
+        """Additive mask (length, length): 0 on and below the diagonal, −inf above."""
+        mask = self.get_buffer("attn_mask")
+        return mask[:length, :length].to(dtype)
 
     def image_tower(self) -> list[nn.Module | nn.Parameter]:
         """ViT and its projection."""

@@ -116,7 +116,9 @@ class ItemAttention(nn.Module):
 
     # --- attending ----------------------------------------------------------------------------------------------
 
-    def attend_projected(self, queries_BTD: Tensor, projected: ProjectedTokens, *, keep: Tensor | None = None) -> Tensor:
+    def attend_projected(
+        self, queries_BTD: Tensor, projected: ProjectedTokens, *, keep: Tensor | None = None
+    ) -> Tensor:
         """Item-conditioned image embeddings (B, T, D) of projected queries, by the fused kernel.
 
         Args:

@@ -66,7 +66,7 @@ def gather_items(
     """
     if num_ranks() == 1:
         return []
-    B, K = item_mask_BK.shape
+    K = item_mask_BK.shape[1]
     features = _GatherWithGradient.apply(item_features_ND.float())
     packed = torch.cat([item_mask_BK.long(), is_normal_B.long()[:, None], pairing.index_BT], dim=1)
     tables = [torch.empty_like(packed) for _ in range(num_ranks())]

@@ -22,6 +22,8 @@ from itemizedclip.objectives.terms import (
     upweight_worst_positive,
 )
 
+TERMS = ("ila", "kta", "mps", "iis")
+
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
@@ -60,9 +62,9 @@ class ObjectiveOptions:
         if not 0 < self.key_token_fraction <= 1:
             raise ValueError(f"key_token_fraction is {self.key_token_fraction}; expected a share in (0, 1]")
         if self.worst_positive_factor <= 0:
-            raise ValueError(f"worst_positive_factor is {self.worst_positive_factor}; expected a positive factor (1 = off)")
+            raise ValueError(f"worst_positive_factor is {self.worst_positive_factor}; expected more than 0 (1 = off)")
         if self.ila_weight == self.kta_weight == self.mps_weight == 0:
-            raise ValueError("ila_weight, kta_weight and mps_weight are all 0: nothing aligns images with items; set one")
+            raise ValueError("ila_weight, kta_weight and mps_weight are all 0: nothing aligns images and items")
 
     def num_key_tokens(self, num_tokens: int) -> int | None:
         """Key tokens per query among L tokens, at least 1; None when KTA is off."""
@@ -132,8 +134,8 @@ def itemized_losses(
     for remote in remotes:
         for name, value in terms.remote(remote).items():
             losses[name] = losses[name] + value
-    weights = {"ila": options.ila_weight, "kta": options.kta_weight, "mps": options.mps_weight, "iis": options.iis_weight}
-    losses = {name: losses[name] for name in weights if weights[name]}
+    weights = {name: getattr(options, f"{name}_weight") for name in TERMS}
+    losses = {name: losses[name] for name in TERMS if weights[name]}
     total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
     return {"loss": total, **losses}
 
@@ -209,7 +211,8 @@ class _Terms:
             _, key_pooled, logits = self._local(items_BTD)
             losses["ila"] = pair_loss(logits, -1.0, weights) / B
             if key_pooled is not None:
-                losses["kta"] = pair_loss(cosine_logits(key_pooled, items_BTD, self.scale, self.bias), -1.0, weights) / B
+                key_logits = cosine_logits(key_pooled, items_BTD, self.scale, self.bias)
+                losses["kta"] = pair_loss(key_logits, -1.0, weights) / B
         if options.mps_weight:
             nothing_own = torch.zeros(B, B * K, dtype=torch.bool, device=remote.index_BT.device)
             losses["mps"] = self._global(remote.features_ND, remote.item_mask_BK, remote.is_normal_B, nothing_own)

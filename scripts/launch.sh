@@ -1,0 +1,69 @@
+# Sourced by every train_*.sh, inference_*.sh and visualize_*.sh: finds Python, checks variables, starts the processes.
+#
+#   GPUS      processes on this node; default: every visible GPU, or 1 on a machine without
+#   PYTHON    default: .venv/bin/python when it exists, else python3
+#   LOGS      run folders; default: logs/
+#   RESUME    a checkpoint, or "latest"
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes (slurm/train.sbatch sets them)
+
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [[ -z "${PYTHON:-}" ]]; then
+    PYTHON="python3"
+    [[ -x "$ROOT/.venv/bin/python" ]] && PYTHON="$ROOT/.venv/bin/python"
+fi
+LOGS="${LOGS:-$ROOT/logs/}"
+
+# True when the user only wants to read: then no variable is required.
+asks_for_help() {
+    local argument
+    for argument in "$@"; do
+        [[ "$argument" == "--help" || "$argument" == "-h" ]] && return 0
+    done
+    return 1
+}
+
+# need NAME "what it is": ends the script with every missing variable named, once all are checked by `check_needs`.
+MISSING=()
+need() {
+    [[ -n "${!1:-}" ]] || MISSING+=("  $1  $2")
+}
+
+check_needs() {
+    (( ${#MISSING[@]} == 0 )) && return 0
+    {
+        echo "$(basename "$0"): set these environment variables first:"
+        printf '%s\n' "${MISSING[@]}"
+        echo "for example:  ${MISSING_EXAMPLE:-NAME=/path} bash $(basename "$0")"
+    } >&2
+    exit 2
+}
+
+count_gpus() {
+    if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
+        awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES"
+    elif command -v nvidia-smi >/dev/null 2>&1; then
+        nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
+    else
+        echo 0
+    fi
+}
+
+# launch SCRIPT ARGUMENTS…: one process, or torchrun when there are several.
+launch() {
+    local processes="${GPUS:-$(count_gpus)}"
+    [[ "$processes" =~ ^[0-9]+$ ]] || { echo "GPUS is '$processes'; expected a number of processes" >&2; exit 2; }
+    (( processes > 0 )) || processes=1
+    if asks_for_help "$@"; then
+        exec "$PYTHON" "$@"
+    elif (( ${NNODES:-1} > 1 )); then
+        exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node_rank "${NODE_RANK:?set by slurm/train.sbatch}" \
+            --nproc_per_node "$processes" --rdzv_backend c10d \
+            --rdzv_endpoint "${MASTER_ADDR:?set by slurm/train.sbatch}:${MASTER_PORT:-29500}" "$@"
+    elif (( processes > 1 )); then
+        exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" "$@"
+    else
+        exec "$PYTHON" "$@"
+    fi
+}
