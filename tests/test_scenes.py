@@ -75,7 +75,8 @@ def test_another_process_draws_the_same_scenes():
         "print(hashlib.sha256(s.image.tobytes() + s.masks.tobytes() + '|'.join(s.items).encode()).hexdigest())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "5"}
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.strip() == digest(scenes_of("standard"), [40])
 
 
