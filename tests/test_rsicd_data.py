@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import logging
 import multiprocessing
 import os
@@ -36,7 +35,9 @@ from itemizedclip.data.batch import BadSampleError, ItemCollator
 from itemizedclip.data.items import diverse_sample, load_item_lists, sample_rng
 
 JPEG = encode_image(Image.new("RGB", (8, 8), (200, 30, 30)))
-GOOD_ROW = ("rsicd_images/park_0.jpg", captions_cell(["a park .", "trees ."]), image_cell(JPEG))
+CAPTIONS = ["a park lies beside a wide river with two bridges .", "many green trees stand around a small round pond ."]
+# The captions print on two lines, so a row that follows this one first in a file starts at line 4.
+GOOD_ROW = ("rsicd_images/park_0.jpg", captions_cell(CAPTIONS), image_cell(JPEG))
 
 plain_transform = transforms.Compose([transforms.Resize((16, 16)), transforms.ToTensor()])
 random_transform = transforms.Compose([transforms.RandomResizedCrop(16, scale=(0.5, 1.0)), transforms.ToTensor()])
@@ -48,7 +49,7 @@ def rsicd(tmp_path_factory):
 
 
 def open_dataset(csv_path: Path, **changes) -> RsicdDataset:
-    options = dict(transform=plain_transform, items=None, num_items=3, is_train=False, seed=0)
+    options = {"transform": plain_transform, "items": None, "num_items": 3, "is_train": False, "seed": 0}
     return RsicdDataset(csv_path=csv_path, **(options | changes))
 
 
@@ -101,7 +102,7 @@ def test_columns_are_found_by_name_and_long_cells_are_read(tmp_path):
 def test_cell_beyond_the_limit_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(rsicd_table, "MAX_CELL_CHARS", 5000)
     path = write_rsicd_csv(tmp_path / "train.csv", [GOOD_ROW, ("b.jpg", "['b']", "x" * 6000)])
-    with pytest.raises(ValueError, match=r"train\.csv: row starting at line 4: field larger than field limit .*5,000"):
+    with pytest.raises(ValueError, match=r"train\.csv: row starting at line 4: field larger than field limit .*5000"):
         open_rsicd_table(path)
 
 
@@ -135,7 +136,8 @@ def test_cache_folder_that_cannot_be_written(tmp_path):
 
 
 def test_image_formats_that_start_other_programs_are_refused(tmp_path):
-    path = write_rsicd_csv(tmp_path / "train.csv", [("a.eps", "['a .']", image_cell(encode_image(Image.new("RGB", (4, 4)), "EPS")))])
+    eps = encode_image(Image.new("RGB", (4, 4)), "EPS")
+    path = write_rsicd_csv(tmp_path / "train.csv", [("a.eps", "['a .']", image_cell(eps))])
     with pytest.raises(BadSampleError, match=r"row 0 .*a\.eps\): column 'image' holds no readable image"):
         open_rsicd_table(path).image(0)
 
@@ -147,7 +149,12 @@ def test_image_formats_that_start_other_programs_are_refused(tmp_path):
 def counted_builds(monkeypatch):
     built = []
     write = rsicd_table._write_cache
-    monkeypatch.setattr(rsicd_table, "_write_cache", lambda csv_path, folder: (built.append(csv_path), write(csv_path, folder)))
+
+    def counted_write(csv_path: Path, folder: Path) -> None:
+        built.append(csv_path)
+        write(csv_path, folder)
+
+    monkeypatch.setattr(rsicd_table, "_write_cache", counted_write)
     return built
 
 
@@ -162,14 +169,15 @@ def test_cache_is_reused_until_the_csv_changes(tmp_path, counted_builds):
     assert len(counted_builds) == 2
 
     content = path.read_bytes()
-    path.write_bytes(content.replace(b"trees", b"TREES"))
+    path.write_bytes(content.replace(b"green", b"brown"))
     os.utime(path, ns=(1, 1))  # same size and time: the content tells
-    assert open_rsicd_table(path).captions == [["a park .", "TREES ."]]
+    assert open_rsicd_table(path).captions == [[CAPTIONS[0], CAPTIONS[1].replace("green", "brown")]]
     assert len(counted_builds) == 3
 
 
 def test_cache_dir_takes_the_cache(tmp_path):
-    path = write_rsicd_csv(tmp_path / "data" / "train.csv", [GOOD_ROW]) if (tmp_path / "data").mkdir() is None else None
+    (tmp_path / "data").mkdir()
+    path = write_rsicd_csv(tmp_path / "data" / "train.csv", [GOOD_ROW])
     table = open_rsicd_table(path, tmp_path / "cache" / "rsicd")
     assert table.cache_folder.parent == tmp_path / "cache" / "rsicd"
     assert [p.name for p in path.parent.iterdir()] == ["train.csv"]
@@ -232,8 +240,9 @@ def test_csv_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
     parse = rsicd_table._parse_cells
 
     def parse_while_growing(cells):
-        with open(path, "a") as file:
-            file.write("more")
+        if cells is not None:
+            with open(path, "a") as file:
+                file.write("more")
         return parse(cells)
 
     monkeypatch.setattr(rsicd_table, "_parse_cells", parse_while_growing)
@@ -283,9 +292,9 @@ def test_table_pickles_as_a_path(rsicd):
 BAD_CELLS = [
     (("a.jpg", "['a .']", "__import__('os').system('touch {marker}')"), "column 'image': expected a record"),
     (("a.jpg", "['a .']", "{'bytes': open('/etc/passwd').read()}"), "column 'image': expected a string, bytes or None"),
-    (("a.jpg", "['a .']", "{'path': 'a.jpg'}"), r"expected \{'bytes': b'...'\}"),
-    (("a.jpg", "['a .']", "{'bytes': b''}"), r"expected \{'bytes': b'...'\}"),
-    (("a.jpg", "['a .']", "{'bytes': 'text'}"), r"expected \{'bytes': b'...'\}"),
+    (("a.jpg", "['a .']", "{'path': 'a.jpg'}"), r"column 'image': expected \{'bytes': b'...'\}"),
+    (("a.jpg", "['a .']", "{'bytes': b''}"), r"column 'image': expected \{'bytes': b'...'\}"),
+    (("a.jpg", "['a .']", "{'bytes': 'text'}"), r"column 'image': expected \{'bytes': b'...'\}"),
     (("a.jpg", "['a .']", image_cell(JPEG)[:-40]), "column 'image': the quote opened at character 11 is never closed"),
     (("a.jpg", "['a .']", "{" * 50_000), "column 'image': expected a quoted key"),
     (("a.jpg", "[exec('1')]", image_cell(JPEG)), "column 'captions': expected a quoted string"),
@@ -299,7 +308,8 @@ def test_bad_row_stops_with_file_row_and_reason(tmp_path, cells, reason):
     marker = tmp_path / "executed"
     cells = tuple(cell.replace("{marker}", str(marker)) for cell in cells)
     path = write_rsicd_csv(tmp_path / "train.csv", [GOOD_ROW, cells, GOOD_ROW])
-    with pytest.raises(BadSampleError, match=rf"(?s)train\.csv: 1 of 3 rows .*row 1 \(counted from 0, line 4\): {reason}"):
+    message = rf"(?s)train\.csv: 1 of 3 rows .*row 1 \(counted from 0, line 4\): {reason}"
+    with pytest.raises(BadSampleError, match=message):
         open_dataset(path)
     assert not marker.exists()
 
@@ -343,6 +353,8 @@ def test_items_of_another_split_are_refused(rsicd):
     items = load_item_lists(rsicd.items_path("train"), integer_keys=True)
     with pytest.raises(ValueError, match=r"trainv1.json: key 8 \(and 3 more\) is no row of .*test.csv.*rows 0 to 7"):
         open_dataset(rsicd.csv_path("test"), items=items, items_path="trainv1.json")
+    with pytest.raises(ValueError, match=r"the item file: key '0' .* is no row of"):
+        open_dataset(rsicd.csv_path("test"), items=load_item_lists(rsicd.items_path("test")))
 
 
 def test_no_usable_row_is_fatal_even_when_skipping(tmp_path):
@@ -364,7 +376,10 @@ def test_damaged_image_is_reported_when_it_is_loaded(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"num_items": 0}, "num_items .* at least 1, got 0"), ({"on_bad_sample": "ignore"}, "\"skip\" or \"stop\", got 'ignore'")],
+    [
+        ({"num_items": 0}, "num_items .* at least 1, got 0"),
+        ({"on_bad_sample": "ignore"}, "\"skip\" or \"stop\", got 'ignore'"),
+    ],
 )
 def test_options_are_checked(rsicd, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -426,23 +441,27 @@ def _collate(samples):
     return [(sample.sample_id, sample.items, sample.image) for sample in samples]
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_samples_are_the_same_with_and_without_workers(rsicd, start_method):
+def test_samples_are_the_same_with_and_without_workers(rsicd):
     dataset = open_dataset(rsicd.csv_path("train"), transform=random_transform, num_items=4, is_train=True, seed=5)
     keys = [(epoch, index) for epoch in (0, 3) for index in (4, 0, 9, 4, 1, 7)]
     torch.manual_seed(0)
-    alone = [sample for batch in DataLoader(dataset, sampler=keys, batch_size=2, collate_fn=_collate) for sample in batch]
+    loader = DataLoader(dataset, sampler=keys, batch_size=2, collate_fn=_collate)
+    alone = [sample for batch in loader for sample in batch]
     torch.manual_seed(1)
-    loader = DataLoader(
-        dataset, sampler=keys[::-1], batch_size=3, collate_fn=_collate, num_workers=2,
-        multiprocessing_context=start_method,
-    )  # fmt: skip
+    loader = DataLoader(dataset, sampler=keys[::-1], batch_size=3, collate_fn=_collate, num_workers=2)
     shared = [sample for batch in loader for sample in batch][::-1]
     for (name, items, image), (name_again, items_again, image_again) in zip(alone, shared, strict=True):
         assert (name, items) == (name_again, items_again)
         assert torch.equal(image, image_again)
     assert torch.equal(alone[0][2], alone[3][2])  # same epoch and index
     assert not torch.equal(alone[0][2], alone[6][2])  # another epoch crops differently
+
+
+def test_dataset_survives_pickling_for_spawned_workers(rsicd):
+    dataset = open_dataset(rsicd.csv_path("train"), transform=random_transform, is_train=True)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy[(2, 3)].items == dataset[(2, 3)].items
+    assert torch.equal(copy[(2, 3)].image, dataset[(2, 3)].image)
 
 
 def test_transform_randomness_leaves_the_global_generator_alone(rsicd):
@@ -454,7 +473,8 @@ def test_transform_randomness_leaves_the_global_generator_alone(rsicd):
 
 def test_samples_collate_into_a_batch(rsicd):
     dataset = open_dataset(rsicd.csv_path("train"), num_items=4, is_train=True)
-    batch = ItemCollator(lambda texts: torch.tensor([[len(text)] for text in texts]), max_items=4)([dataset[0], dataset[1]])
+    collate = ItemCollator(lambda texts: torch.tensor([[len(text)] for text in texts]), max_items=4)
+    batch = collate([dataset[0], dataset[1]])
     assert batch.images.shape == (2, 3, 16, 16)
     assert batch.item_mask.all()
 
@@ -462,13 +482,15 @@ def test_samples_collate_into_a_batch(rsicd):
 def test_fingerprint_follows_csv_items_and_skipped_rows(rsicd, tmp_path):
     items = load_item_lists(rsicd.items_path("test"), integer_keys=True)
     first = open_dataset(rsicd.csv_path("test"), items=items).fingerprint
-    assert json.loads(json.dumps(first)) == first
     copy = tmp_path / "copy.csv"
     copy.write_bytes(rsicd.csv_path("test").read_bytes())
     assert open_dataset(copy, items=items).fingerprint == first
-    assert open_dataset(copy, items=items | {0: ["changed"]}).fingerprint != first
-    assert open_dataset(copy, items=items | {0: []}, on_bad_sample="skip").fingerprint["num_skipped"] == 1
-    assert open_dataset(rsicd.csv_path("train")).fingerprint["csv_sha256"] != first["csv_sha256"]
+    changes = [{0: ["changed"]}, {0: []}, {1: []}]
+    others = {open_dataset(copy, items=items | change, on_bad_sample="skip").fingerprint for change in changes}
+    with open(copy, "a") as file:
+        file.write("\n")
+    others.add(open_dataset(copy, items=items).fingerprint)
+    assert len(others - {first}) == 4
 
 
 # --- item files, validation split, labels ----------------------------------------------------------------------------
@@ -518,8 +540,10 @@ def test_validation_split(rsicd, tmp_path):
 def test_class_order():
     assert len(RSICD_CLASSES) == len(set(RSICD_CLASSES)) == 30
     assert RSICD_CLASSES[24:26] == ("stadium", "school")
-    others = [name for name in RSICD_CLASSES if name != "school"]
-    assert others == sorted(others)
+    # The published order is the sorted one, but for the stadium, which stands before the school.
+    in_order = [name for name in sorted(RSICD_CLASSES) if name != "stadium"]
+    in_order.insert(in_order.index("school"), "stadium")
+    assert tuple(in_order) == RSICD_CLASSES
 
 
 def test_class_labels_may_be_fewer_than_rows(rsicd, tmp_path):

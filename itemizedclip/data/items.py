@@ -1,0 +1,234 @@
+"""Text items of an image or study: draw them for training, split captions, recognise normal studies, read item files.
+
+Every random choice of a sample comes from one generator made from (seed, epoch, index), so a sample is the same on
+any worker, any rank and after any resume.
+
+Axes: K item slots.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+
+ITEM_SEPARATOR = ". "
+"""What stands between items joined into one text."""
+
+MAX_JOINED_ITEMS = 3
+"""Largest number of items joined into one training text, in every published 2D recipe."""
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """Generator for all random choices of sample `index` in `epoch`; independent streams for different arguments.
+
+    Raises:
+        ValueError: a negative argument.
+    """
+    if min(seed, epoch, index) < 0:
+        raise ValueError(f"seed, epoch and index must not be negative, got {seed}, {epoch}, {index}")
+    return np.random.default_rng(np.random.SeedSequence(int(seed), spawn_key=(int(epoch), int(index))))
+
+
+@contextmanager
+def seeded_transforms(generator: np.random.Generator) -> Iterator[None]:
+    """Make image transforms that use global randomness follow `generator` inside the block.
+
+    torchvision and open_clip transforms draw from PyTorch's CPU generator and from `random`; both are set from
+    `generator` on entry and put back on exit. Accelerator generators are not touched.
+    """
+    seed = int(generator.integers(2**63))
+    random_state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that would also reseed every accelerator, which fork_rng does not restore here.
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(random_state)
+
+
+def normalise_item(text: str) -> str:
+    """An item as remote sensing and chest CT use it: no outer white space, lower case."""
+    return text.strip().lower()
+
+
+def split_captions(text: str) -> list[str]:
+    """Items of running text: split at full stops, stripped, lower-cased, empties dropped."""
+    return [item for part in text.split(".") if (item := normalise_item(part))]
+
+
+def sample_items(items: Sequence[str], K: int, generator: np.random.Generator) -> list[str]:
+    """Shuffle a study's items and keep the first K (radiology). Fewer than K items are all kept.
+
+    Raises:
+        ValueError: no item, or K < 1.
+    """
+    _check_draw(items, K)
+    return [items[i] for i in generator.permutation(len(items))[:K]]
+
+
+def diverse_sample(
+    items: Sequence[str],
+    K: int,
+    generator: np.random.Generator,
+    *,
+    max_joined: int = MAX_JOINED_ITEMS,
+    limit_joined_to_items: bool,
+) -> list[str]:
+    """Draw K training texts with replacement, each made of 1 … `max_joined` items (paper: diverse sampling).
+
+    The number m of joined items is uniform. For m > 1, half of the texts join m consecutive items, every window
+    equally likely, the last included; the other half join a random set of m different items in random order.
+    The K texts are then shuffled.
+
+    Args:
+        items: the image's items, at least one.
+        K: texts to draw.
+        generator: see `sample_rng`.
+        max_joined: largest m.
+        limit_joined_to_items: draw m from 1 … min(max_joined, number of items), as RSICD does. Otherwise (natural
+            images) m may exceed the number of items, and the text then joins all of them: an image with two items
+            uses both in two of three draws.
+
+    Raises:
+        ValueError: no item, K < 1, or max_joined < 1.
+    """
+    _check_draw(items, K)
+    if max_joined < 1:
+        raise ValueError(f"max_joined must be at least 1, got {max_joined}")
+    max_drawn = min(max_joined, len(items)) if limit_joined_to_items else max_joined
+    texts = []
+    for _ in range(K):
+        m = min(int(generator.integers(1, max_drawn + 1)), len(items))
+        texts.append(ITEM_SEPARATOR.join(_draw_joined(items, m, generator)))
+    return [texts[i] for i in generator.permutation(K)]
+
+
+def _draw_joined(items: Sequence[str], m: int, generator: np.random.Generator) -> list[str]:
+    consecutive = m == 1 or generator.random() < 0.5
+    if consecutive:
+        start = int(generator.integers(len(items) - m + 1))
+        return list(items[start : start + m])
+    return [items[i] for i in generator.choice(len(items), size=m, replace=False)]
+
+
+def _check_draw(items: Sequence[str], K: int) -> None:
+    if not items:
+        raise ValueError("no text item to draw from; expected at least one")
+    if K < 1:
+        raise ValueError(f"K, the number of items per image, must be at least 1, got {K}")
+
+
+def is_normal_study(items: Sequence[str], *, chest_ct: bool) -> bool:
+    """Whether a study reports no finding (paper: normal check); two such studies are no negatives of each other.
+
+    MRI and head CT: the *first* item is exactly "no significant abnormalities.", or contains "study is unremarkable"
+    in any case. Chest CT: the *only* item is "no significant abnormalities" or "no abnormalities detected", in any
+    case because chest CT lower-cases its items. Pass the items in the report's order, before shuffling.
+    """
+    if not items:
+        return False
+    if chest_ct:
+        return len(items) == 1 and normalise_item(items[0]) in (
+            "no significant abnormalities",
+            "no abnormalities detected",
+        )
+    first = items[0].strip()
+    return first == "no significant abnormalities." or "study is unremarkable" in first.lower()
+
+
+@overload
+def load_item_lists(path: str | Path, *, integer_keys: Literal[True]) -> dict[int, list[str]]: ...
+@overload
+def load_item_lists(path: str | Path, *, integer_keys: Literal[False] = False) -> dict[str, list[str]]: ...
+def load_item_lists(path: str | Path, *, integer_keys: bool = False) -> dict[Any, list[str]]:
+    """Read an item file: a JSON object that maps each image to its list of items.
+
+    Args:
+        path: JSON file, UTF-8.
+        integer_keys: keys are decimal numbers (row or sample indices) and are returned as int; otherwise str.
+
+    Returns:
+        Key → items, stripped of outer white space, blank items left out. A list may be empty; what an image without
+        items means is the dataset's decision.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, not an object, a repeated key, a key that is no number, or a value that is not a list
+            of strings; the message names file and key.
+    """
+    path = Path(path)
+    entries = read_json(path, holding="item lists")
+    expected = 'expected an object {"key": ["item", ...], ...}'
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: {expected}, found {_json_type(entries)}")
+    lists: dict[int | str, list[str]] = {}
+    for key, items in entries.items():
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            found = _json_type(items) if not isinstance(items, list) else "a list with other values in it"
+            raise ValueError(f"{path}: key {key!r}: expected a list of strings, found {found}")
+        name = _integer_key(path, key) if integer_keys else key
+        if name in lists:
+            raise ValueError(f"{path}: key {key!r}: number {name} appears twice")
+        lists[name] = [item.strip() for item in items if item.strip()]
+    return lists
+
+
+def read_json(path: str | Path, *, holding: str) -> object:
+    """Content of a JSON file in UTF-8.
+
+    Args:
+        path: the file.
+        holding: what the file should hold, for messages, such as "class labels".
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8, not JSON, nested too deeply, or a key that stands twice in one object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a JSON file with {holding}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object_without_repeats)
+    except _RepeatedKeyError as error:
+        raise ValueError(f"{path}: key {error} appears twice; keep one of the entries") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text with {holding}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply; expected {holding}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); expected {holding}") from None
+
+
+class _RepeatedKeyError(ValueError):
+    """A JSON object holds a key twice."""
+
+
+def _object_without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _RepeatedKeyError(repr(key))
+            seen.add(key)
+    return entries
+
+
+def _integer_key(path: Path, key: str) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) <= 18):
+        raise ValueError(f"{path}: key {key!r}: expected a decimal index such as \"12\"")
+    return int(key)
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
