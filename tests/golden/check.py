@@ -156,10 +156,45 @@ def check_retrieval(path: Path) -> Errors:
     return {k: relative_error(torch.tensor(ours.get(k, float("nan"))), torch.tensor(v)) for k, v in expected.items()}
 
 
+def check_hlip(path: Path) -> Errors:
+    """A trunk with or without series names; its config lists the blocks of each scope."""
+    from open_mri.hlip import HLIP, HLIPConfig
+    from open_mri.series_names import encode_series_name
+
+    tensors, metadata = read(path)
+    config = json.loads(metadata["config"])
+    scopes = ["series"] * config["depth"]
+    for key, scope in (("study_attn_indexes", "study"), ("slice_attn_indexes", "slice")):
+        for block in config.get(key, ()):
+            scopes[block] = scope
+    names = tensors.get("in.series_names")
+    trunk = HLIP(
+        HLIPConfig(
+            volume_size=config["img_size"],
+            patch_size=config["patch_size"],
+            block_scopes=tuple(scopes),
+            width=config["embed_dim"],
+            num_heads=config["num_heads"],
+            series_names=names is not None,
+        )
+    ).eval()
+    trunk.load_state_dict({k.removeprefix("state."): v.float() for k, v in tensors.items() if k.startswith("state.")})
+    errors: Errors = {}
+    with torch.no_grad():
+        errors["out.tokens"] = relative_error(trunk(tensors["in.image"], names).tokens, tensors["out.tokens"])
+        if names is not None:
+            vectors = trunk.serienameencoder(names).flatten(0, 1)
+            errors["out.series_name_embedding"] = relative_error(vectors, tensors["out.series_name_embedding"])
+            ours = torch.stack([torch.stack([encode_series_name(n) for n in row]) for row in config["series_names"]])
+            errors["in.series_names"] = relative_error(ours, names)
+    return errors
+
+
 CHECKS: list[tuple[str, Callable[[Path], Errors]]] = [
     (r"loss_.*_world\d+\.rank0\.safetensors", check_world),
     (r"loss_(?!.*_world\d).*\.safetensors", check_loss),
     (r"model_2d.*\.safetensors", check_model_2d),
+    (r"model_hlip.*\.safetensors", check_hlip),
     (r"retrieval.*\.safetensors", check_retrieval),
 ]
 
@@ -175,7 +210,11 @@ def check_folder(folder: Path) -> tuple[dict[str, float], list[str]]:
         if check is None:
             not_covered.append(path.name)
             continue
-        errors = check(path)
+        try:
+            errors = check(path)
+        except ModuleNotFoundError as error:
+            not_covered.append(f"{path.name}  (needs {error.name}: pip install -e '.[radiology]')")
+            continue
         name = max(errors, key=errors.__getitem__)
         worst[f"{path.name}  ({len(errors)} tensors, worst: {name})"] = errors[name]
     return worst, not_covered

@@ -1,0 +1,210 @@
+"""Ranks of the true pairs by counting, and the retrieval measures made from them.
+
+Axes: N images, M texts, B images of a block, P texts of a block.
+
+A rank is 1 + the number of rivals with a larger score + half the number of rivals with an equal score (mid-rank), so a
+model that gives every pair the same score lands in the middle of the list and not at its top. A pair is within the
+first k when its rank is at most k. Rivals are
+
+    text to image   the other images, for one text;
+    image to text   texts of *other* images. An image's own n texts are ordered among themselves: with f(t) for the
+                    rivals of own text t counted as above, the best own text has rank 1 + min f, the worst n + max f,
+                    and the mean over own texts is (n + 1) / 2 + mean f.
+
+Published logs of training count from 0: subtract 1 from our mean and worst ranks to compare. Texts that read the same
+but belong to different images are rivals, as in the published tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RETRIEVAL_CUTOFFS = (1, 5, 10, 50, 100)
+"""k of R@k in the tables of natural images."""
+
+VALIDATION_CUTOFFS = (1, 10, 100)
+"""k of R@k during training."""
+
+COMPLETE_CUTOFFS = (10, 100, 1000)
+"""k of COMPLETE@k: the share of images with all their own texts within the first k."""
+
+BLOCK_BYTES = 64 * 2**20
+"""Comparisons of one block stay near this many bytes."""
+
+
+@dataclass(frozen=True)
+class RetrievalRanks:
+    """Ranks of the true pairs, counted from 1; float64 on the CPU.
+
+    Attributes:
+        text_to_image_M: rank of each text's image among all images.
+        best_text_N: rank of each image's best own text among all texts; images without a text are left out.
+        mean_text_N: mean rank of each image's own texts.
+        worst_text_N: rank of each image's worst own text.
+    """
+
+    text_to_image_M: Tensor
+    best_text_N: Tensor
+    mean_text_N: Tensor
+    worst_text_N: Tensor
+
+
+class RivalCounts:
+    """Counts, for each text, how many rivals beat its true pair; fed with blocks of scores in any order.
+
+    Two passes, because a text meets images scored before its own: `add_rows` takes the scores of some images against
+    all texts and keeps the true pairs' scores; when every image has been seen, `add_columns` takes the same scores
+    again. Both counters are int64, twice the count (an equal score is one half), so that sums over ranks are exact:
+    with several ranks, sum `true_scores_M` before the second pass and both counters after it.
+
+    Attributes:
+        true_scores_M: score of each text with its own image, 0 where not yet seen.
+        rival_texts_M: twice the number of other images' texts that beat text m, for the image of text m.
+        rival_images_M: twice the number of other images that beat the image of text m, for text m.
+    """
+
+    def __init__(self, owner_M: Tensor) -> None:
+        """`owner_M`: int64, the image each text belongs to."""
+        if owner_M.dim() != 1 or owner_M.numel() == 0 or owner_M.is_floating_point():
+            raise ValueError(f"owner must name the image of each text, int64 (M,) with M ≥ 1, got {_describe(owner_M)}")
+        self.owner_M = owner_M.long()
+        self.true_scores_M = torch.zeros(len(owner_M), dtype=torch.float32, device=owner_M.device)
+        self.rival_texts_M = torch.zeros_like(self.owner_M)
+        self.rival_images_M = torch.zeros_like(self.owner_M)
+
+    def add_rows(self, rows_B: Tensor, scores_BM: Tensor) -> None:
+        """First pass: scores (B, M) of the images `rows_B` against every text."""
+        scores_BM = self._checked(rows_B, scores_BM)
+        # An image's position in the block, by sorting once instead of comparing every text with every image.
+        ordered_B, order_B = rows_B.sort()
+        slot_M = torch.searchsorted(ordered_B, self.owner_M).clamp_max(len(rows_B) - 1)
+        own_P = (ordered_B[slot_M] == self.owner_M).nonzero().squeeze(1)
+        block_row_P = order_B[slot_M[own_P]]
+        true_P = scores_BM[block_row_P, own_P]
+        self.true_scores_M[own_P] = true_P
+        M = len(self.owner_M)
+        for block in torch.arange(len(own_P), device=own_P.device).split(max(1, BLOCK_BYTES // (8 * M))):
+            texts_P = own_P[block]
+            rivals_PM = self.owner_M != self.owner_M[texts_P, None]
+            scores_PM = scores_BM[block_row_P[block]]
+            self.rival_texts_M[texts_P] = _twice_beaten(scores_PM, true_P[block, None], rivals_PM, 1)
+
+    def add_columns(self, rows_B: Tensor, scores_BM: Tensor) -> None:
+        """Second pass: the same scores once every true score is known."""
+        scores_BM = self._checked(rows_B, scores_BM)
+        for block in torch.arange(len(rows_B), device=rows_B.device).split(
+            max(1, BLOCK_BYTES // (8 * len(self.owner_M)))
+        ):
+            rivals_BM = self.owner_M != rows_B[block, None]
+            self.rival_images_M += _twice_beaten(scores_BM[block], self.true_scores_M, rivals_BM, 0)
+
+    def ranks(self) -> RetrievalRanks:
+        """The ranks, once both passes have seen every image."""
+        owner, rivals = self.owner_M.cpu(), self.rival_texts_M.cpu().double() / 2
+        _, image_M, num_texts_N = torch.unique(owner, return_inverse=True, return_counts=True)
+        num_texts_N = num_texts_N.double()
+
+        def per_image(reduction: str) -> Tensor:
+            empty = torch.zeros_like(num_texts_N)
+            return empty.scatter_reduce(0, image_M, rivals, reduction, include_self=False)
+
+        return RetrievalRanks(
+            text_to_image_M=1 + self.rival_images_M.cpu().double() / 2,
+            best_text_N=1 + per_image("amin"),
+            mean_text_N=(num_texts_N + 1) / 2 + per_image("mean"),
+            worst_text_N=num_texts_N + per_image("amax"),
+        )
+
+    def _checked(self, rows_B: Tensor, scores_BM: Tensor) -> Tensor:
+        expected = (len(rows_B), len(self.owner_M))
+        if tuple(scores_BM.shape) != expected:
+            raise ValueError(f"scores must be (images, texts) = {expected}, got {tuple(scores_BM.shape)}")
+        if torch.isnan(scores_BM).any():
+            raise ValueError("scores hold NaN, which no rank can be made of: check the weights and the precision")
+        return scores_BM.float()
+
+
+def _twice_beaten(scores: Tensor, true_scores: Tensor, rivals: Tensor, dim: int) -> Tensor:
+    """2 · (rivals with a larger score) + (rivals with an equal score), summed over `dim`; int64."""
+    larger = ((scores > true_scores) & rivals).sum(dim)
+    equal = ((scores == true_scores) & rivals).sum(dim)
+    return 2 * larger + equal
+
+
+def retrieval_ranks(scores_NM: Tensor, owner_M: Tensor) -> RetrievalRanks:
+    """Ranks of the true pairs of a whole score matrix.
+
+    Args:
+        scores_NM: (N, M), larger is better.
+        owner_M: int64 (M,), the image 0 … N − 1 of each text.
+
+    Raises:
+        ValueError: shapes that do not fit, an owner that is no image, or a NaN.
+    """
+    if scores_NM.dim() != 2:
+        raise ValueError(f"scores must be (images, texts), got {_describe(scores_NM)}")
+    counts = RivalCounts(owner_M)
+    N = len(scores_NM)
+    if int(owner_M.min()) < 0 or int(owner_M.max()) >= N:
+        raise ValueError(f"owner must be 0 … {N - 1} for {N} images, got {int(owner_M.min())} … {int(owner_M.max())}")
+    rows_N = torch.arange(N, device=owner_M.device)
+    counts.add_rows(rows_N, scores_NM)
+    counts.add_columns(rows_N, scores_NM)
+    return counts.ranks()
+
+
+def retrieval_metrics(scores_NM: Tensor, owner_M: Tensor) -> dict[str, float]:
+    """The retrieval table of natural images from a score matrix; see `retrieval_table` and `retrieval_ranks`."""
+    return retrieval_table(retrieval_ranks(scores_NM, owner_M))
+
+
+def validation_metrics(scores_NM: Tensor, owner_M: Tensor) -> dict[str, float]:
+    """The measures of validation during training; see `validation_table` and `retrieval_ranks`."""
+    return validation_table(retrieval_ranks(scores_NM, owner_M))
+
+
+def retrieval_table(ranks: RetrievalRanks) -> dict[str, float]:
+    """R@1/5/10/50/100, mean and median rank: text to image, image to best own text, image to worst own text.
+
+    The median is floored: ⌊median of (rank − 1)⌋ + 1.
+    """
+    table: dict[str, float] = {}
+    for direction, suffix, values in (
+        ("text_to_image", "", ranks.text_to_image_M),
+        ("image_to_text", "", ranks.best_text_N),
+        ("image_to_text", "_worst", ranks.worst_text_N),
+    ):
+        for k in RETRIEVAL_CUTOFFS:
+            table[f"{direction}_R@{k}{suffix}"] = share_within(values, k)
+        table[f"{direction}_mean_rank{suffix}"] = values.mean().item()
+        table[f"{direction}_median_rank{suffix}"] = float(np.floor(np.median(values.numpy() - 1)) + 1)
+    return table
+
+
+def validation_table(ranks: RetrievalRanks) -> dict[str, float]:
+    """R@1/10/100 both ways, COMPLETE@10/100/1000, and mean and worst rank of an image's own texts (from 1)."""
+    table = {f"text_to_image_R@{k}": share_within(ranks.text_to_image_M, k) for k in VALIDATION_CUTOFFS}
+    table |= {f"image_to_text_R@{k}": share_within(ranks.best_text_N, k) for k in VALIDATION_CUTOFFS}
+    table |= {f"complete@{k}": share_within(ranks.worst_text_N, k) for k in COMPLETE_CUTOFFS}
+    table["mean_item_rank"] = ranks.mean_text_N.mean().item()
+    table["worst_item_rank"] = ranks.worst_text_N.mean().item()
+    return table
+
+
+def share_within(ranks: Tensor, k: int) -> float:
+    """Share of ranks that are at most k."""
+    return (ranks <= k).double().mean().item()
+
+
+def top_k_table(ranks: Tensor, cutoffs: Sequence[int]) -> dict[str, float]:
+    """`{"top1": …, "top5": …, "mean_rank": …}` of ranks counted from 1."""
+    return {f"top{k}": share_within(ranks, k) for k in cutoffs} | {"mean_rank": ranks.double().mean().item()}
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
