@@ -406,7 +406,7 @@ def test_evaluation_gives_all_items_in_order_and_unjoined(rsicd):
     dataset = open_dataset(rsicd.csv_path("test"), items=items, num_items=2)
     for index, scene in enumerate(rsicd.scenes["test"]):
         sample = dataset[(7, index)]
-        assert sample.items == [item.strip().lower() for item in scene.items] == dataset.items_of(index)
+        assert sample.items == [item.strip().lower() for item in scene.items] == dataset.items(index)
         assert sample.sample_id == scene.filename
 
 

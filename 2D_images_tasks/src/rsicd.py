@@ -147,7 +147,7 @@ class RsicdDataset(Dataset[ItemSample]):
             texts, pixels = list(items), self.transform(image)
         return ItemSample(sample_id=self.table.filenames[row], image=pixels, items=texts)
 
-    def items_of(self, index: int) -> list[str]:
+    def items(self, index: int) -> list[str]:
         """All items of an index, none joined."""
         return list(self._row_items[self.rows[index]])
 

@@ -561,6 +561,10 @@ class ScenesDataset(Dataset[ItemSample]):
         """Colour, digit and size of each item, in the scene's order."""
         return list(self._render(index).classes)
 
+    def items(self, index: int) -> list[str]:
+        """The K texts of scene `index`, in the order of its masks."""
+        return [item_class.text for item_class in self.classes(index)]
+
     def __getitem__(self, key: int | tuple[int, int]) -> ItemSample:
         """Scene `index` of epoch `epoch`, key = (epoch, index) or just index (epoch 0); only the item order changes."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
