@@ -51,6 +51,7 @@ count_gpus() {
 }
 
 # launch SCRIPT ARGUMENTS…: one process, or torchrun when there are several.
+# The "--" keeps torchrun from reading our flags: without it, it takes --logs for an abbreviation of its own.
 launch() {
     local processes="${GPUS:-$(count_gpus)}"
     [[ "$processes" =~ ^[0-9]+$ ]] || { echo "GPUS is '$processes'; expected a number of processes" >&2; exit 2; }
@@ -60,9 +61,9 @@ launch() {
     elif (( ${NNODES:-1} > 1 )); then
         exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node_rank "${NODE_RANK:?set by slurm/train.sbatch}" \
             --nproc_per_node "$processes" --rdzv_backend c10d \
-            --rdzv_endpoint "${MASTER_ADDR:?set by slurm/train.sbatch}:${MASTER_PORT:-29500}" "$@"
+            --rdzv_endpoint "${MASTER_ADDR:?set by slurm/train.sbatch}:${MASTER_PORT:-29500}" -- "$@"
     elif (( processes > 1 )); then
-        exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" "$@"
+        exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" -- "$@"
     else
         exec "$PYTHON" "$@"
     fi

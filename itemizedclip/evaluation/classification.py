@@ -1,0 +1,285 @@
+"""Zero-shot classification: which class text fits the image, by TCSim or by global features (paper: inference).
+
+Axes: N images, C classes, B images of a batch, D joint width.
+
+A class may have several prompts: their features are normalised, averaged and normalised again, before the head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from itemizedclip.data.batch import Tokenizer
+from itemizedclip.evaluation.encoding import (
+    EncodingOptions,
+    ItemDataset,
+    Progress,
+    encode_images,
+    encode_texts,
+    evaluation_mode,
+    in_order_of_rows,
+    model_device,
+    number_texts,
+)
+from itemizedclip.evaluation.ranks import top_k_table
+from itemizedclip.evaluation.tcsim import Scoring, create_scorer
+from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
+
+TOP_CUTOFFS = (1, 5)
+"""k of the top-k accuracies."""
+
+CLASS_SLOT = "{class}"
+"""What a template holds in place of the class name."""
+
+
+@dataclass(frozen=True)
+class ClassPrompts:
+    """C classes, each with one or more prompts.
+
+    Raises ValueError when lengths differ, a class has no prompt, or two classes share a name.
+    """
+
+    names: Sequence[str]
+    prompts: Sequence[Sequence[str]]
+
+    def __post_init__(self) -> None:
+        if not self.names or len(self.names) != len(self.prompts):
+            raise ValueError(f"{len(self.names)} class names, {len(self.prompts)} lists of prompts; expected one each")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"class names must differ, got {list(self.names)}")
+        for name, prompts in zip(self.names, self.prompts):
+            if isinstance(prompts, str) or not prompts:
+                raise ValueError(f"class {name!r}: expected a list of at least one prompt, got {prompts!r}")
+
+    @classmethod
+    def from_templates(cls, names: Sequence[str], templates: Sequence[str]) -> ClassPrompts:
+        """Every template filled with every name, such as "there is {class}".
+
+        Raises ValueError for a template without {class}.
+        """
+        for template in templates:
+            if CLASS_SLOT not in template:
+                raise ValueError(f"template {template!r} lacks {CLASS_SLOT}, the place of the class name")
+        return cls(tuple(names), [[template.replace(CLASS_SLOT, name) for template in templates] for name in names])
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of names and prompts, for result files."""
+        plain = [list(self.names), [list(prompts) for prompts in self.prompts]]
+        return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+
+
+@torch.no_grad()
+def class_features(model: DualEncoder, tokenizer: Tokenizer, classes: ClassPrompts, options: EncodingOptions) -> Tensor:
+    """One unit vector per class (C, D), float32, on every rank: the normalised mean of the prompts' unit vectors."""
+    texts, numbers = number_texts([prompt for prompts in classes.prompts for prompt in prompts])
+    features_UD = F.normalize(encode_texts(model, tokenizer, texts, options), dim=-1)
+    per_class = features_UD[numbers.to(features_UD.device)].split([len(prompts) for prompts in classes.prompts])
+    return F.normalize(torch.stack([features.mean(0) for features in per_class]), dim=-1)
+
+
+class ZeroShotClassifier:
+    """Scores images with classes; texts are encoded once.
+
+    Args:
+        model: in eval mode and on its device; all ranks must build the classifier together.
+        tokenizer: texts → int64 (M, C).
+        classes: names and prompts.
+        scoring: "tcsim" or "global".
+        normalise_tokens: the published zero-shot evaluations do; see `TcsimScorer`.
+        options: text batch size and precision of the text tower.
+        score_dtype: precision of scoring.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        tokenizer: Tokenizer,
+        classes: ClassPrompts,
+        *,
+        scoring: Scoring = "tcsim",
+        normalise_tokens: bool = True,
+        options: EncodingOptions | None = None,
+        score_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.classes = classes
+        features_CD = class_features(model, tokenizer, classes, options or EncodingOptions())
+        self._scorer = create_scorer(
+            model.head, features_CD, scoring, normalise_tokens=normalise_tokens, dtype=score_dtype
+        )
+
+    def score(self, features: ImageFeatures) -> Tensor:
+        """Scores (B, C), float32."""
+        return self._scorer.score(features)
+
+
+@dataclass
+class _ClassEvaluator(ABC):
+    """What single-label and multi-label evaluation share.
+
+    Attributes:
+        dataset: images; items are not used.
+        tokenizer: texts → int64 (M, C).
+        classes: names and prompts.
+        labels: see the subclass; the first len(labels) images are evaluated.
+        name: prefix for logs.
+        scorings: one or both of "tcsim" and "global"; with both, every measure is prefixed "tcsim/" or "global/" and
+            images are encoded once.
+        normalise_tokens: the published zero-shot evaluations do; see `TcsimScorer`.
+        encoding: batch sizes, workers, precision of the towers.
+        score_dtype: precision of scoring.
+        on_progress: called after each batch.
+        facts: after `run`: numbers of images and classes, prompts and their fingerprint, scoring.
+    """
+
+    dataset: ItemDataset
+    tokenizer: Tokenizer
+    classes: ClassPrompts
+    labels: Any
+    name: str = "zero_shot"
+    scorings: Sequence[Scoring] = ("tcsim",)
+    normalise_tokens: bool = True
+    encoding: EncodingOptions = field(default_factory=EncodingOptions)
+    score_dtype: torch.dtype = torch.float32
+    on_progress: Progress | None = None
+    facts: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.labels) <= len(self.dataset):
+            raise ValueError(
+                f"{self.name}: {len(self.labels)} labels for {len(self.dataset)} images; expected one label per image, "
+                "at least one and no more than images"
+            )
+        if not self.scorings or len(set(self.scorings)) != len(self.scorings):
+            raise ValueError(f"{self.name}: scorings are {list(self.scorings)}; expected tcsim, global or both")
+
+    def run(self, model: DualEncoder) -> dict[str, float]:
+        """The measures, the same on every rank; all ranks must call it."""
+        table: dict[str, float] = {}
+        for scoring, scores_NC in self.scores(model).items():
+            if torch.isnan(scores_NC).any():
+                raise ValueError(f"{self.name}: scores hold NaN: check the weights and the precision")
+            prefix = f"{scoring}/" if len(self.scorings) > 1 else ""
+            table |= {prefix + key: value for key, value in self.measures(scores_NC).items()}
+        return table
+
+    @torch.no_grad()
+    def scores(self, model: DualEncoder) -> dict[Scoring, Tensor]:
+        """Scores (N, C) by kind, float32 on the CPU, on every rank."""
+        device = model_device(model)
+        self.facts |= {
+            "num_images": len(self.labels),
+            "num_classes": len(self.classes.names),
+            "prompts": {name: list(prompts) for name, prompts in zip(self.classes.names, self.classes.prompts)},
+            "prompts_sha256": self.classes.sha256,
+            "scoring": list(self.scorings),
+            "normalise_tokens": "tcsim" in self.scorings and self.normalise_tokens,
+        }
+        with evaluation_mode(model):
+            classifiers = [
+                ZeroShotClassifier(
+                    model,
+                    self.tokenizer,
+                    self.classes,
+                    scoring=scoring,
+                    normalise_tokens=self.normalise_tokens,
+                    options=self.encoding,
+                    score_dtype=self.score_dtype,
+                )
+                for scoring in self.scorings
+            ]
+            rows = [torch.empty(0, dtype=torch.int64, device=device)]
+            scores = [[torch.empty((0, len(self.classes.names)), device=device)] for _ in classifiers]
+            for batch in encode_images(
+                model, self.dataset, self.encoding, num_images=len(self.labels), on_progress=self.on_progress
+            ):
+                rows.append(batch.rows_B)
+                for kept, classifier in zip(scores, classifiers):
+                    kept.append(classifier.score(batch.features))
+        rows_n = torch.cat(rows)
+        return {
+            scoring: in_order_of_rows(rows_n, torch.cat(kept)).cpu() for scoring, kept in zip(self.scorings, scores)
+        }
+
+    @abstractmethod
+    def measures(self, scores_NC: Tensor) -> dict[str, float]:
+        """The measures of one score matrix."""
+
+
+@dataclass
+class SingleLabelEvaluator(_ClassEvaluator):
+    """One true class per image: top-1, top-5 and mean rank of the true class (from 1, ties by mid-rank).
+
+    `labels`: N class numbers 0 … C − 1.
+    """
+
+    labels: Sequence[int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        C = len(self.classes.names)
+        wrong = [label for label in self.labels if not 0 <= label < C]
+        if wrong:
+            raise ValueError(f"{self.name}: labels must be 0 … {C - 1} for {C} classes, got {wrong[0]}")
+
+    def measures(self, scores_NC: Tensor) -> dict[str, float]:
+        """`top1`, `top5`, `mean_rank`."""
+        return top_k_table(class_ranks(scores_NC, torch.as_tensor(self.labels)), TOP_CUTOFFS)
+
+
+@dataclass
+class MultiLabelEvaluator(_ClassEvaluator):
+    """Any number of true classes per image: AUC of each class and their mean.
+
+    `labels`: (N, C) of 0, 1, or NaN for unknown; unknown entries are left out of their class. A class whose known
+    labels are all alike has no AUC: it is left out of the mean and named in `facts["undefined_classes"]`.
+    """
+
+    labels: Any
+
+    def __post_init__(self) -> None:
+        self.labels = np.asarray(self.labels, dtype=np.float64)
+        C = len(self.classes.names)
+        if self.labels.ndim != 2 or self.labels.shape[1] != C:
+            raise ValueError(f"{self.name}: labels must be (images, {C} classes), got {self.labels.shape}")
+        if not (np.isin(self.labels, (0, 1)) | np.isnan(self.labels)).all():
+            raise ValueError(f"{self.name}: labels must be 0, 1 or NaN (unknown)")
+        super().__post_init__()
+
+    def measures(self, scores_NC: Tensor) -> dict[str, float]:
+        """`macro_auc` and `auc/<class>` of every class that has one."""
+        per_class = class_aucs(scores_NC, self.labels)
+        known = {name: auc for name, auc in zip(self.classes.names, per_class) if auc is not None}
+        self.facts["undefined_classes"] = [name for name in self.classes.names if name not in known]
+        if not known:
+            raise ValueError(f"{self.name}: no class has both positive and negative images, so no AUC exists")
+        return {"macro_auc": float(np.mean(list(known.values())))} | {f"auc/{name}": auc for name, auc in known.items()}
+
+
+def class_ranks(scores_NC: Tensor, labels_N: Tensor) -> Tensor:
+    """Rank of each image's true class: 1 + larger scores + half of the other equal ones; float64 (N,)."""
+    true_N1 = scores_NC.gather(1, labels_N[:, None].long())
+    larger, equal = (scores_NC > true_N1).sum(1), (scores_NC == true_N1).sum(1) - 1
+    return 1 + larger.double() + equal.double() / 2
+
+
+def class_aucs(scores_NC: Tensor, labels_NC: np.ndarray) -> list[float | None]:
+    """Area under the ROC curve of each class (scikit-learn), None where it is undefined; NaN labels are left out."""
+    scores = scores_NC.double().numpy()
+    aucs: list[float | None] = []
+    for column in range(scores.shape[1]):
+        known = ~np.isnan(labels_NC[:, column])
+        labels = labels_NC[known, column]
+        aucs.append(float(roc_auc_score(labels, scores[known, column])) if len(np.unique(labels)) == 2 else None)
+    return aucs

@@ -1,0 +1,130 @@
+"""Retrieval between images and their items: every item of every image in one pool.
+
+Axes: N images, M texts (items of all images), U different texts, B images of a batch, D joint width, W ranks.
+
+Text features travel between ranks, image tokens never do: each rank scores its own images with all texts, and ranks
+exchange M true scores and 2·M counts. Texts that read the same are encoded and scored once, so they tie exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from itemizedclip import collectives
+from itemizedclip.data.batch import Tokenizer
+from itemizedclip.evaluation.encoding import (
+    EncodingOptions,
+    ItemDataset,
+    Progress,
+    encode_images,
+    encode_texts,
+    evaluation_mode,
+    model_device,
+    number_texts,
+    read_items,
+)
+from itemizedclip.evaluation.ranks import RetrievalRanks, RivalCounts, validation_table
+from itemizedclip.evaluation.tcsim import Scoring, TextScorer, create_scorer
+from itemizedclip.models.dual_encoder import DualEncoder
+
+KEPT_SCORE_BYTES = 2**30
+"""A rank keeps its images' scores for the second pass up to this many bytes; beyond, it computes them again."""
+
+
+@dataclass
+class RetrievalEvaluator:
+    """Text-to-image and image-to-text retrieval over a whole data set.
+
+    Attributes:
+        dataset: images with atomic items.
+        tokenizer: texts → int64 (M, C).
+        table: which measures: `ranks.validation_table` (training) or `ranks.retrieval_table` (COCO, Flickr30k).
+        name: prefix for logs.
+        scoring: "tcsim", or "global" for the cosine of global features.
+        normalise_tokens: see `TcsimScorer`; published retrieval does not.
+        encoding: batch sizes, workers, precision of the towers.
+        score_dtype: precision of scoring.
+        on_progress: called after each batch.
+        facts: after `run`: numbers of images and texts, scoring, fingerprint of the texts.
+    """
+
+    dataset: ItemDataset
+    tokenizer: Tokenizer
+    table: Callable[[RetrievalRanks], dict[str, float]] = validation_table
+    name: str = "retrieval"
+    scoring: Scoring = "tcsim"
+    normalise_tokens: bool = False
+    encoding: EncodingOptions = field(default_factory=EncodingOptions)
+    score_dtype: torch.dtype = torch.float32
+    on_progress: Progress | None = None
+    facts: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def run(self, model: DualEncoder) -> dict[str, float]:
+        """The measures of `table`, the same on every rank; all ranks must call it.
+
+        Raises:
+            BadSampleError: an image without an item, or images of one batch that differ in shape.
+            ValueError: an empty data set, or scores that are not finite.
+        """
+        if not len(self.dataset):
+            raise ValueError(f"{self.name}: the data set is empty")
+        with evaluation_mode(model):
+            return self.table(self.ranks(model))
+
+    @torch.no_grad()
+    def ranks(self, model: DualEncoder) -> RetrievalRanks:
+        """Ranks of all true pairs, on every rank."""
+        device = model_device(model)
+        items = read_items(self.dataset, self.encoding.batch_size)
+        texts, number_M = number_texts([text for own in items for text in own])
+        owner_M = torch.tensor([row for row, own in enumerate(items) for _ in own], device=device)
+        self.facts = {
+            "num_images": len(items),
+            "num_texts": len(owner_M),
+            "num_different_texts": len(texts),
+            "scoring": self.scoring,
+            "normalise_tokens": self.scoring == "tcsim" and self.normalise_tokens,
+            "texts_sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest(),
+        }
+        scorer = create_scorer(
+            model.head,
+            encode_texts(model, self.tokenizer, texts, self.encoding),
+            self.scoring,
+            normalise_tokens=self.normalise_tokens,
+            dtype=self.score_dtype,
+        )
+        return self._count(model, scorer, number_M.to(device), owner_M)
+
+    def _count(self, model: DualEncoder, scorer: TextScorer, number_M: Tensor, owner_M: Tensor) -> RetrievalRanks:
+        counts = RivalCounts(owner_M)
+        kept: list[tuple[Tensor, Tensor]] = []
+        kept_bytes = 0
+        for rows_B, scores_BU in self._scores(model, scorer, self.on_progress):
+            counts.add_rows(rows_B, scores_BU[:, number_M])
+            kept_bytes += scores_BU.numel() * scores_BU.element_size()
+            if kept_bytes <= KEPT_SCORE_BYTES:
+                kept.append((rows_B, scores_BU))
+            else:
+                kept.clear()
+        # Each text's true score is known to one rank and 0 on the others.
+        counts.true_scores_M = collectives.all_reduce_sum(counts.true_scores_M)
+        all_kept = kept_bytes <= KEPT_SCORE_BYTES
+        for rows_B, scores_BU in kept if all_kept else self._scores(model, scorer, None):
+            counts.add_columns(rows_B, scores_BU[:, number_M])
+        counts.rival_texts_M = collectives.all_reduce_sum(counts.rival_texts_M)
+        counts.rival_images_M = collectives.all_reduce_sum(counts.rival_images_M)
+        return counts.ranks()
+
+    def _scores(
+        self, model: DualEncoder, scorer: TextScorer, on_progress: Progress | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's images, batch by batch: rows (B,) and scores (B, U)."""
+        for batch in encode_images(model, self.dataset, self.encoding, on_progress=on_progress):
+            yield batch.rows_B, scorer.score(batch.features)

@@ -1,0 +1,107 @@
+"""From a dataset to the batch of each step: worker processes, joining, copying to the device.
+
+Axes: B images of one step on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from itemizedclip.data.batch import BadSampleError, ItemBatch, ItemSample
+from itemizedclip.data.sampler import CheckedCollator, CheckedDataset, EpochSampler, LoadedBatch
+from itemizedclip.training.distributed import Ranks
+from itemizedclip.training.options import LoadingSettings
+
+
+@dataclass
+class StepBatch:
+    """The contrastive batch of one step on this rank.
+
+    Attributes:
+        batch: on the device.
+        wait_s: seconds the trainer waited for it.
+        skipped: messages of the samples that were replaced.
+    """
+
+    batch: ItemBatch
+    wait_s: float
+    skipped: list[str]
+
+
+class BatchSource(Protocol):
+    """Where the engine gets its batches: `MapSource` below for datasets with keys, a wing's own for streams.
+
+    Attributes:
+        steps_per_epoch: optimizer steps of an epoch, the same on every rank.
+    """
+
+    steps_per_epoch: int
+
+    def epoch(self, epoch: int, start_step: int) -> Iterator[StepBatch]:
+        """The batches of steps `start_step` … `steps_per_epoch` − 1, the same whenever they are asked for."""
+        ...
+
+
+class MapSource:
+    """Batches of a dataset with keys (epoch, index).
+
+    Args:
+        dataset: keys (epoch, index) → ItemSample.
+        collator: samples → ItemBatch.
+        settings: batch sizes, workers, policy for bad samples.
+        ranks: this process; its device receives the batches.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collator: Callable[[Sequence[ItemSample]], ItemBatch],
+        settings: LoadingSettings,
+        ranks: Ranks,
+        *,
+        seed: int,
+    ) -> None:
+        self.device = ranks.device
+        self.loads_per_step = settings.accum_batch * settings.accum_freq
+        self.sampler = EpochSampler(
+            len(dataset), batch_size=settings.step_batch, rank=ranks.rank, world_size=ranks.world_size, seed=seed
+        )
+        self.steps_per_epoch = self.sampler.steps_per_epoch
+        self.loader = DataLoader(
+            CheckedDataset(dataset, seed=seed, on_bad_sample=settings.on_bad_sample),
+            batch_size=settings.batch_size,
+            sampler=self.sampler,
+            num_workers=settings.workers,
+            collate_fn=CheckedCollator(collator),
+            persistent_workers=settings.workers > 0,
+            pin_memory=self.device.type == "cuda",
+            # Otherwise the loader draws its workers' seed from the generator of the training process.
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def epoch(self, epoch: int, start_step: int) -> Iterator[StepBatch]:
+        """See BatchSource."""
+        self.sampler.set_epoch(epoch, start_step)
+        loads = iter(self.loader)
+        for _ in range(start_step, self.steps_per_epoch):
+            started = perf_counter()
+            loaded = [_next(loads) for _ in range(self.loads_per_step)]
+            wait_s = perf_counter() - started
+            # Copied one by one from page-locked memory, joined on the device.
+            batch = ItemBatch.join([load.batch.to(self.device, non_blocking=True) for load in loaded])
+            yield StepBatch(batch, wait_s, [message for load in loaded for message in load.skipped])
+
+
+def _next(loads: Iterator[LoadedBatch]) -> LoadedBatch:
+    """The next loaded batch; a worker's report of a bad sample is brought back to its one sentence."""
+    try:
+        return next(loads)
+    except BadSampleError as error:
+        raise BadSampleError(str(error).strip().rpartition("BadSampleError: ")[2]) from None

@@ -1,0 +1,416 @@
+"""The options of a training run: typed, grouped, checked, shown by --help, saved as plain data.
+
+Flags are the field names with dashes, without the group's name; published flag names are accepted as aliases.
+A wing adds its own group by subclassing `RunOptions` (which must stay constructible without arguments):
+
+    @dataclass(frozen=True)
+    class RsicdRun(RunOptions):
+        data: RsicdData = field(default_factory=RsicdData)
+
+A recipe is a function that returns such options; `parse_run` picks one by --recipe and lets flags override it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from itemizedclip.objectives.loss import ObjectiveOptions
+
+OptionsT = TypeVar("OptionsT", bound="RunOptions")
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _at_least(owner: object, **minimum: float) -> None:
+    """Fail with a sentence when a field of `owner` lies below its minimum."""
+    for name, lowest in minimum.items():
+        value = getattr(owner, name)
+        _check(value >= lowest, f"--{name.replace('_', '-')} is {value}; expected at least {lowest}")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run lives, where it starts and what it keeps."""
+
+    recipe: str = ""
+    """Named set of options that the flags override (see the list above)."""
+
+    name: str = ""
+    """Name of the run and of its folder below --logs. Empty: recipe, date and time."""
+
+    logs: Annotated[Path, tyro.conf.arg(aliases=("--logs-dir",))] = Path("logs")
+    """Folder that holds one folder per run."""
+
+    resume: str | None = None
+    """Checkpoint to continue from, or latest: the newest of run --name or of this recipe; none yet: a fresh start."""
+
+    seed: int = 0
+    """Seed of weights, data order, items, augmentation and dropout."""
+
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda, or cuda:N (one process only)."""
+
+    save_frequency: int = 1
+    """Epochs between kept checkpoints epoch_N.pt (always after the last); other epochs write the rolling latest.pt."""
+
+    save_every_steps: int = 0
+    """Also write latest.pt every so many steps; 0: at the end of epochs only."""
+
+    delete_previous_checkpoint: bool = False
+    """Keep only the newest epoch_N.pt."""
+
+    val_frequency: int = 1
+    """Evaluate every so many epochs and after the last; 0: never."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, seed=0, save_frequency=1, save_every_steps=0, val_frequency=0)
+        plain = not set(self.name) & {"/", "\\"} and not self.name.startswith(".")
+        _check(plain, f"--name is {self.name!r}; expected a plain folder name; its parent is --logs")
+        known = self.device in ("auto", "cpu", "cuda") or (
+            self.device.startswith("cuda:") and self.device[5:].isdigit()
+        )
+        _check(known, f"--device is {self.device!r}; expected auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model and how its towers compute."""
+
+    model: str = "ViT-B-16-ItemizedCLIP"
+    """Name of a model config, or path of a config .json."""
+
+    pretrained: Path | None = None
+    """Start from the weights of a run's or a released checkpoint (.pt, .safetensors) instead of random ones."""
+
+    lock_image: bool = False
+    """Freeze the image tower."""
+
+    lock_text: bool = False
+    """Freeze the text tower."""
+
+    grad_checkpointing: bool = False
+    """Recompute the towers' activations in the backward pass: less memory, about a third more time."""
+
+    torchcompile: bool = False
+    """Compile the towers (minutes at the start, faster steps)."""
+
+    precision: Literal["auto", "amp", "amp_bf16", "bf16", "fp32"] = "auto"
+    """amp: float16, scaled loss; bf16: amp_bf16 with bfloat16 towers; auto: amp_bf16, amp on old GPUs, fp32 on CPUs."""
+
+    def __post_init__(self) -> None:
+        _check(
+            not (self.torchcompile and self.grad_checkpointing),
+            "--torchcompile together with --grad-checkpointing is not tested; drop one of them",
+        )
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings(ObjectiveOptions):
+    """Weights of the objectives; a weight of 0 switches the term off, and nothing else does."""
+
+    ila_weight: Annotated[float, tyro.conf.arg(aliases=("--ila-fac",))] = ObjectiveOptions.ila_weight
+    ila_keep_rate: Annotated[float, tyro.conf.arg(aliases=("--ila-mask-rate",))] = ObjectiveOptions.ila_keep_rate
+    kta_weight: Annotated[float, tyro.conf.arg(aliases=("--key-token-alignment-loss",))] = ObjectiveOptions.kta_weight
+    key_token_fraction: Annotated[float, tyro.conf.arg(aliases=("--key-token-thresh",))] = (
+        ObjectiveOptions.key_token_fraction
+    )
+    mps_weight: Annotated[float, tyro.conf.arg(aliases=("--mps-fac",))] = ObjectiveOptions.mps_weight
+    iis_weight: Annotated[float, tyro.conf.arg(aliases=("--iis-loss",))] = ObjectiveOptions.iis_weight
+    worst_positive_factor: Annotated[float, tyro.conf.arg(aliases=("--comp-upfac",))] = (
+        ObjectiveOptions.worst_positive_factor
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its schedule."""
+
+    lr: float = 5e-4
+    """Peak learning rate."""
+
+    weight_decay: Annotated[float, tyro.conf.arg(aliases=("--wd",))] = 0.2
+    """On weights of two or more dimensions; bias, norm and logit-scale parameters have none."""
+
+    beta1: float = 0.9
+    """AdamW β1."""
+
+    beta2: float = 0.98
+    """AdamW β2."""
+
+    eps: float = 1e-6
+    """AdamW ε."""
+
+    epochs: int = 32
+    """Passes over the data; also the length of the cosine schedule."""
+
+    warmup: int = 2000
+    """Steps of linear warm-up from 0 to --lr."""
+
+    lr_scheduler: Literal["cosine", "const"] = "cosine"
+    """After the warm-up: cosine to 0 at the last step, or constant."""
+
+    grad_clip_norm: float | None = None
+    """Scale the gradient down to this norm when it is longer; None: never."""
+
+    max_nonfinite_steps: int = 10
+    """Stop after so many steps in a row whose loss or gradient is not finite; each such step is skipped."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, lr=0, weight_decay=0, epochs=1, warmup=0, max_nonfinite_steps=1)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"--{name} is {value}; expected 0 ≤ {name} < 1")
+        _check(self.eps > 0, f"--eps is {self.eps}; expected a positive number")
+        clip = self.grad_clip_norm
+        _check(clip is None or clip > 0, f"--grad-clip-norm is {clip}; expected a positive norm or None")
+
+
+@dataclass(frozen=True)
+class LoadingSettings:
+    """Batches and the processes that load them."""
+
+    batch_size: int = 128
+    """Images loaded together, per process; a process's contrastive batch: batch-size × accum-batch × accum-freq."""
+
+    accum_batch: int = 1
+    """Loaded batches joined into one contrastive batch, encoded at once."""
+
+    accum_freq: int = 1
+    """Joins further by gradient caching: a batch so many times larger in the same memory, about a third more time."""
+
+    num_sampled_captions: int = 7
+    """K, text items per image in training."""
+
+    workers: int = 4
+    """Loader processes per training process; 0: load in the training process."""
+
+    on_bad_sample: Literal["skip", "stop"] = "stop"
+    """A sample that cannot be used is replaced by another, logged and counted, or ends the run."""
+
+    max_bad_fraction: float = 0.01
+    """With --on-bad-sample skip: stop when more than this share of a process's samples of one epoch is bad."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, batch_size=1, accum_batch=1, accum_freq=1, num_sampled_captions=1, workers=0)
+        fraction = self.max_bad_fraction
+        _check(0 <= fraction <= 1, f"--max-bad-fraction is {fraction}; expected a share in [0, 1]")
+
+    @property
+    def step_batch(self) -> int:
+        """Images per process and optimizer step: the contrastive batch of one rank."""
+        return self.batch_size * self.accum_batch * self.accum_freq
+
+
+@dataclass(frozen=True)
+class DistributedSettings:
+    """Several processes, started by torchrun."""
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: nccl on GPUs, gloo on CPUs."""
+
+    dist_timeout: float = 30.0
+    """Minutes a process waits for the others before the run is given up."""
+
+    threads: int = 0
+    """CPU threads per process; 0: under torchrun on CPUs the cores shared out, else PyTorch's choice."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, threads=0)
+        _check(self.dist_timeout > 0, f"--dist-timeout is {self.dist_timeout}; expected minutes, more than 0")
+
+
+TRACKERS = ("wandb", "tensorboard")
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """What is written beside metrics.jsonl and log.txt, which every run has."""
+
+    report_to: str = ""
+    """Comma-separated: wandb, tensorboard, or all. Needs pip install -e '.[tracking]'."""
+
+    log_every_n_steps: int = 10
+    """Steps between lines of metrics.jsonl, and of the log when standard error is not a terminal."""
+
+    wandb_project: str = "itemizedclip"
+    """Project of the wandb run."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, log_every_n_steps=1)
+        unknown = [name for name in self._names() if name not in (*TRACKERS, "all", "none")]
+        _check(not unknown, f"--report-to names {', '.join(unknown)}; expected wandb, tensorboard or all")
+
+    def _names(self) -> list[str]:
+        return [name.strip() for name in self.report_to.split(",") if name.strip()]
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers to report to."""
+        names = self._names()
+        return TRACKERS if "all" in names else tuple(name for name in TRACKERS if name in names)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything that decides a run. Subclasses add the group `data`."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    loading: LoadingSettings = field(default_factory=LoadingSettings)
+    distributed: DistributedSettings = field(default_factory=DistributedSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+    def __post_init__(self) -> None:
+        _check(
+            not (self.model.torchcompile and self.loading.accum_freq > 1),
+            "--torchcompile together with --accum-freq above 1 is not tested; use --accum-batch or drop --torchcompile",
+        )
+
+
+# --- recipes and flags -----------------------------------------------------------------------------------------------
+
+
+def parse_run(
+    recipes: Mapping[str, Callable[[], OptionsT]],
+    default: str,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    description: str | None = None,
+) -> OptionsT:
+    """The options of a run from a recipe and the flags that override it.
+
+    Args:
+        recipes: name → function that returns options; the first line of its docstring is shown in --help.
+        default: recipe used without --recipe.
+        argv: flags; the process's own when None.
+        prog: name shown in messages, such as train_rsicd.sh.
+        description: first lines of --help.
+
+    Raises:
+        SystemExit: --help (0), or a flag, a value or a recipe that does not exist (2, after one message).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default=default)
+    name = first.parse_known_args(arguments)[0].recipe
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        _exit_with(prog, f"no recipe named {name}{hint}; there are: {', '.join(recipes)}")
+    try:
+        base = recipes[name]()
+    except ValueError as error:
+        _exit_with(prog, f"recipe {name}: {error}")
+    base = dataclasses.replace(base, run=dataclasses.replace(base.run, recipe=name))
+    return tyro.cli(
+        type(base),
+        default=base,
+        args=arguments,
+        prog=prog,
+        description=f"{description or ''}\n\nRecipes (--recipe NAME; defaults below are those of {name}):\n"
+        + "\n".join(f"  {key}: {_first_line(recipe)}" for key, recipe in recipes.items()),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _exit_with(prog: str | None, message: str) -> typing.NoReturn:
+    print(f"{prog or Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _first_line(recipe: Callable[[], Any]) -> str:
+    return (inspect.getdoc(recipe) or "").split("\n")[0]
+
+
+# --- plain data ------------------------------------------------------------------------------------------------------
+
+
+def options_to_dict(options: Any) -> dict[str, Any]:
+    """Options as JSON-able data, one dict per group, for params.json and checkpoints."""
+    return {f.name: _plain(getattr(options, f.name)) for f in dataclasses.fields(options)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return options_to_dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"options hold a {type(value).__name__} ({value!r}); use numbers, strings, paths, lists or dicts")
+
+
+def options_from_dict(cls: type[OptionsT], values: Mapping[str, Any], *, source: str = "params.json") -> OptionsT:
+    """The inverse of `options_to_dict`; fields that are absent keep their default.
+
+    Raises:
+        ValueError: a field that does not exist, or a value of the wrong type; names source and field.
+    """
+    return _from_plain(cls, values, source)
+
+
+def _from_plain(kind: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: expected an object, found {value!r}")
+        hints = typing.get_type_hints(kind, include_extras=True)
+        names = [f.name for f in dataclasses.fields(kind)]
+        unknown = [name for name in value if name not in names]
+        if unknown:
+            raise ValueError(f"{where}: unknown field {', '.join(unknown)}; expected among {', '.join(names)}")
+        build: Callable[..., Any] = kind  # type: ignore[assignment]
+        return build(**{name: _from_plain(hints[name], value[name], f"{where}: {name}") for name in value})
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _from_plain(next(a for a in arguments if a is not type(None)), value, where)
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where}: expected a list, found {value!r}")
+        return origin(_from_plain(arguments[0], entry, where) for entry in value)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}: expected one of {', '.join(map(str, arguments))}, found {value!r}")
+        return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+        raise ValueError(f"{where}: expected {kind.__name__}, found {value!r}")
+    return value
+
+
+def flatten_options(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested plain options as {"optimizer.lr": 0.001, …}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten_options(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

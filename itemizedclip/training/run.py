@@ -1,0 +1,242 @@
+"""A run: everything it is made of, and how it is put together.
+
+Axes: B images of one rank's contrastive batch, W ranks. "Step" counts optimizer steps, "samples" images of all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from itemizedclip.collectives import gather_objects
+from itemizedclip.data.sampler import BadSampleCounter
+from itemizedclip.models.dual_encoder import DualEncoder
+from itemizedclip.models.factory import load_weights, read_checkpoint
+from itemizedclip.training.checkpoint import new_run_id
+from itemizedclip.training.distributed import Ranks, SetupError, StopRequest, on_main
+from itemizedclip.training.loading import BatchSource
+from itemizedclip.training.optimizer import create_optimizer, create_schedule
+from itemizedclip.training.options import RunOptions
+from itemizedclip.training.precision import Precision, cast_towers, resolve_precision
+from itemizedclip.training.task import ItemizedTask
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluator(Protocol):
+    """A measurement shared by training and scripts.
+
+    `run` is called on every rank with the bare model in evaluation mode, without gradients and under the run's
+    autocast; it shards its work and returns the same numbers on every rank.
+    """
+
+    name: str
+
+    def run(self, model: DualEncoder) -> dict[str, float]: ...
+
+
+@dataclass
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        folder: the run folder.
+        checkpoint: the newest checkpoint written or resumed from, None if there is none.
+        step: optimizer steps of the run so far.
+        epochs_done: finished epochs.
+        metrics: newest evaluation, "evaluator/measure" → value.
+        losses: loss and terms of the last logged step.
+        seconds: of this process, resumed parts not included.
+        interrupted: a signal ended the run early; --resume latest goes on.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    step: int
+    epochs_done: int
+    metrics: dict[str, float]
+    losses: dict[str, float]
+    seconds: float
+    interrupted: bool
+
+
+@dataclass
+class Position:
+    """Where a run is: the next step is step `step_in_epoch` of epoch `epoch`, both from 0."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    samples_seen: int = 0
+
+
+@dataclass
+class Meter:
+    """Sums since the last logged step."""
+
+    started: float = field(default_factory=perf_counter)
+    steps: int = 0
+    wait_s: float = 0.0
+
+    def reset(self) -> None:
+        self.started, self.steps, self.wait_s = perf_counter(), 0, 0.0
+
+
+@dataclass
+class Run:
+    """Everything a run is made of; built once by `build`."""
+
+    options: RunOptions
+    ranks: Ranks
+    folder: Path
+    task: ItemizedTask
+    module: nn.Module
+    precision: Precision
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: Callable[[int], float]
+    total_steps: int
+    source: BatchSource
+    evaluators: Sequence[Evaluator]
+    position: Position
+    run_id: str
+    data_fingerprint: str
+    transform: dict[str, Any]
+    bad_samples: BadSampleCounter
+    stop: StopRequest
+    tracking: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    meter: Meter = field(default_factory=Meter)
+    nonfinite_in_a_row: int = 0
+    skip_messages: list[str] = field(default_factory=list)
+    gradients_checked: bool = False
+    last_checkpoint: Path | None = None
+
+    @property
+    def model(self) -> DualEncoder:
+        return self.task.model
+
+    @property
+    def global_batch(self) -> int:
+        """Images of all ranks per step."""
+        return self.options.loading.step_batch * self.ranks.world_size
+
+    @property
+    def is_last_epoch(self) -> bool:
+        return self.position.epoch + 1 >= self.options.optimizer.epochs
+
+
+def build(
+    options: RunOptions,
+    ranks: Ranks,
+    folder: Path,
+    model: DualEncoder,
+    source: BatchSource,
+    evaluators: Sequence[Evaluator],
+    stop: StopRequest,
+    transform: dict[str, Any],
+    data_fingerprint: str,
+) -> Run:
+    """Freeze, move, wrap: a run at its first step."""
+    settings = options.model
+    steps = gather_objects(source.steps_per_epoch)
+    if len(set(steps)) > 1:
+        raise SetupError(f"the ranks have different numbers of steps per epoch, {steps}; give every rank the same")
+    precision = resolve_precision(settings.precision, ranks.device)
+    if precision.notice:
+        logger.warning(precision.notice)
+    model.to(ranks.device)
+    cast_towers(model, precision)
+    model.lock(image=settings.lock_image, text=settings.lock_text)
+    freeze_unused(model, options)
+    model.set_grad_checkpointing(settings.grad_checkpointing)
+    task = ItemizedTask(model, options.objective, num_chunks=options.loading.accum_freq).train()
+    if settings.torchcompile:
+        compile_towers(model)
+    total_steps = options.optimizer.epochs * source.steps_per_epoch
+    samples_per_epoch = source.steps_per_epoch * options.loading.step_batch
+    try:
+        schedule = create_schedule(options.optimizer, total_steps)
+        optimizer = create_optimizer(task, options.optimizer, ranks.device)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    return Run(
+        options=options,
+        ranks=ranks,
+        folder=folder,
+        task=task,
+        module=_wrap(task, ranks),
+        precision=precision,
+        optimizer=optimizer,
+        scaler=precision.scaler(),
+        schedule=schedule,
+        total_steps=total_steps,
+        source=source,
+        evaluators=evaluators,
+        position=Position(),
+        run_id=on_main(new_run_id),
+        data_fingerprint=data_fingerprint,
+        transform=transform,
+        bad_samples=BadSampleCounter(samples_per_epoch, options.loading.max_bad_fraction),
+        stop=stop,
+    )
+
+
+def freeze_unused(model: DualEncoder, options: RunOptions) -> None:
+    """Freeze the head when no term uses it: DDP would wait for its gradients for ever."""
+    objective = options.objective
+    if not (objective.ila_weight or objective.kta_weight or objective.iis_weight):
+        logger.info("the weights of ILA, KTA and IIS are 0: the head takes no part and stays as it is")
+        model.head.requires_grad_(False)
+
+
+def compile_towers(model: DualEncoder) -> None:
+    """Compile the modules of both towers in place; parameter names stay."""
+    # DDP's graph splitting under a compiled submodule is a known source of crashes, and gains nothing here.
+    torch._dynamo.config.optimize_ddp = False
+    for part in [*model.image_tower(), *model.text_tower()]:
+        if isinstance(part, nn.Module) and any(True for _ in part.children()):
+            part.compile()
+
+
+def _wrap(task: ItemizedTask, ranks: Ranks) -> nn.Module:
+    if ranks.world_size == 1:
+        return task
+    return DistributedDataParallel(
+        task,
+        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def start_from(model: DualEncoder, path: Path) -> None:
+    """Take the weights of a run's or a released checkpoint and say which keys were left out or changed."""
+    notes = load_weights(model, read_checkpoint(path)["state_dict"], source=str(path))
+    logger.info("starting from the weights of %s", path)
+    for note in notes:
+        logger.info("  %s", note)
+
+
+def check_gradients(task: ItemizedTask) -> None:
+    """After the first backward pass: every trainable parameter must have got a gradient.
+
+    Raises:
+        SetupError: names the parameters; under DDP they would stop the next step.
+    """
+    idle = [name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None]
+    if idle:
+        raise SetupError(
+            f"{len(idle)} trainable parameters take no part in the loss ({', '.join(idle[:4])}"
+            f"{' …' if len(idle) > 4 else ''}): freeze them in the model (requires_grad_(False)), or switch on the "
+            "term that uses them"
+        )

@@ -1,0 +1,405 @@
+"""What a run leaves behind and shows: the run folder, metrics.jsonl, log, progress, and optional outside trackers.
+
+`logs/<name>/` holds params.json, log.txt, metrics.jsonl and checkpoints/. Only the main rank writes; metrics.jsonl is
+the record, wandb and TensorBoard are copies whose failure never stops training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from itemizedclip.training.checkpoint import newest_checkpoint
+from itemizedclip.training.options import LoggingSettings, RunSettings
+
+logger = logging.getLogger(__name__)
+
+Values = Mapping[str, float | int | str]
+
+OWN_LOGGERS = ("itemizedclip", "images_2d", "open_mri", "open_ct_rate", "__main__")
+"""Loggers whose information is shown; of others, warnings only."""
+
+
+class TrackingError(ValueError):
+    """The run cannot be recorded as asked: the message says what to do."""
+
+
+# --- the run folder --------------------------------------------------------------------------------------------------
+
+
+def choose_run_folder(settings: RunSettings, resumed_from: Path | None, now: datetime | None = None) -> Path:
+    """The folder of a run: --logs/--name, the folder of the resumed checkpoint, or --logs/recipe-date-time.
+
+    Raises:
+        TrackingError: a run of that name exists and is not being continued.
+    """
+    if not settings.name:
+        if resumed_from is not None and resumed_from.resolve().parent.name == "checkpoints":
+            return resumed_from.resolve().parent.parent
+        stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")
+        return settings.logs / f"{settings.recipe or 'run'}-{stamp}"
+    folder = settings.logs / settings.name
+    if resumed_from is None and (folder / "metrics.jsonl").is_file() and newest_checkpoint(folder):
+        raise TrackingError(
+            f"{folder}: a run of this name exists; continue it with --resume latest, or choose another --name"
+        )
+    if resumed_from is None and settings.resume is None and (folder / "metrics.jsonl").is_file():
+        logger.warning("%s: an earlier run of this name left no checkpoint; its log is replaced", folder)
+    return folder
+
+
+def write_params(folder: Path, params: Mapping[str, Any]) -> None:
+    """params.json: the resolved options; replaced whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".params.json.tmp"
+    temporary.write_text(json.dumps(params, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "params.json")
+
+
+def drop_lines_after(path: Path, samples: int) -> int:
+    """Remove lines of a metrics.jsonl beyond `samples`, and a line cut short by a kill; returns how many."""
+    if not path.is_file():
+        return 0
+    kept, dropped = [], 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            keep = int(json.loads(line)["samples"]) <= samples
+        except (ValueError, KeyError, TypeError):
+            keep = False
+        if keep:
+            kept.append(line)
+        else:
+            dropped += 1
+    if dropped:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+    return dropped
+
+
+# --- outside trackers ------------------------------------------------------------------------------------------------
+
+
+def check_trackers(settings: LoggingSettings) -> None:
+    """Fail at the start when a tracker's package is missing.
+
+    Raises:
+        TrackingError: names the package and the extra that brings it.
+    """
+    for name in settings.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise TrackingError(f"--report-to {name}: the package is not installed; run: pip install -e '.[tracking]'")
+
+
+class _Wandb:
+    """A wandb run that goes offline without a network or a login."""
+
+    def __init__(self, settings: LoggingSettings, folder: Path, params: Mapping[str, Any], wandb_id: str) -> None:
+        import wandb
+
+        arguments: dict[str, Any] = {
+            "project": settings.wandb_project, "name": folder.name, "id": wandb_id, "resume": "allow",
+            "dir": str(folder), "config": dict(params),
+        }  # fmt: skip
+        later = "recording offline, send it with `wandb sync`"
+        if not os.environ.get("WANDB_MODE") and not _is_logged_in():
+            # wandb.init would ask on the terminal and hold the run up.
+            logger.warning("wandb: not logged in (`wandb login`); %s", later)
+            arguments["mode"] = "offline"
+        try:
+            self.run = wandb.init(**arguments, settings=wandb.Settings(init_timeout=60))
+        except Exception as error:  # no network, an outage
+            logger.warning("wandb: %s; %s", _first_line(error), later)
+            self.run = wandb.init(**{**arguments, "mode": "offline"})
+
+    def log(self, step: int, values: Values) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _is_logged_in() -> bool:
+    import wandb
+
+    try:
+        return bool(wandb.login(prompt=False))
+    except TypeError:  # versions that cannot be told not to ask
+        return bool(wandb.api.api_key)
+
+
+class _TensorBoard:
+    """TensorBoard event files in the run folder."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+    def log(self, step: int, values: Values) -> None:
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- the tracker -----------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """Records a run on the main rank; on other ranks every method does nothing.
+
+    Args:
+        folder: run folder.
+        settings: where to report.
+        params: plain options, for params.json and the outside trackers.
+        run_id: identity of the run.
+        start_step: steps already taken.
+        start_samples: images already seen; later lines of an earlier attempt are dropped, so the curve stays one.
+        tracking: identities at outside trackers from the checkpoint, if resumed.
+        enabled: whether this is the main rank.
+
+    Attributes:
+        tracking: identities at outside trackers, for the checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: LoggingSettings,
+        params: Mapping[str, Any],
+        *,
+        run_id: str,
+        start_step: int,
+        start_samples: int,
+        tracking: Mapping[str, str] | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.tracking = {"wandb": run_id, **(tracking or {})}
+        self.copies: list[_Wandb | _TensorBoard] = []
+        self.file = None
+        if not enabled:
+            return
+        write_params(folder, params)
+        path = folder / "metrics.jsonl"
+        dropped = drop_lines_after(path, start_samples)
+        if dropped:
+            logger.info("dropped %d lines of %s beyond step %d", dropped, path, start_step)
+        self.file = path.open("a", encoding="utf-8")
+        for name in settings.trackers:
+            try:
+                if name == "wandb":
+                    self.copies.append(_Wandb(settings, folder, params, self.tracking["wandb"]))
+                else:
+                    self.copies.append(_TensorBoard(folder, start_step))
+            except Exception as error:
+                logger.warning("%s: cannot start (%s); going on without it", name, _first_line(error))
+
+    def log(self, kind: str, step: int, values: Values) -> None:
+        """One line of metrics.jsonl, at once on disk; the outside trackers get it under "kind/"."""
+        if self.file is None:
+            return
+        line = {"kind": kind, "step": step, **{name: _finite_or_text(value) for name, value in values.items()}}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for other in list(self.copies):
+            try:
+                other.log(step, {f"{kind}/{name}": value for name, value in values.items()})
+            except Exception as error:
+                logger.warning("%s: %s; going on without it", type(other).__name__.strip("_"), _first_line(error))
+                self.copies.remove(other)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+        for other in self.copies:
+            try:
+                other.close()
+            except Exception as error:
+                logger.warning("%s: %s", type(other).__name__.strip("_"), _first_line(error))
+        self.copies = []
+
+
+def _finite_or_text(value: float | int | str) -> float | int | str:
+    """JSON has no NaN: write such values as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- log and progress ------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def standard_error() -> Console:
+    """The console on standard error, shared by log and live progress so that they do not overwrite each other."""
+    return Console(stderr=True)
+
+
+@contextmanager
+def logging_to_console(rank: int) -> Iterator[None]:
+    """Show the project's log and warnings on standard error; ranks but the main one show warnings only.
+
+    Does nothing inside another such block.
+    """
+    if any(isinstance(handler.formatter, _Formatter) for handler in logging.getLogger().handlers):
+        yield
+        return
+    handler: logging.Handler
+    if rank == 0 and standard_error().is_terminal:
+        handler = RichHandler(
+            console=standard_error(), show_path=False, show_level=False, log_time_format="%H:%M:%S",
+            highlighter=NullHighlighter(),
+        )  # fmt: skip
+        handler.setFormatter(_Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        prefix = "" if rank == 0 else f"[rank {rank}] "
+        handler.setFormatter(_Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    with _handling(handler):
+        yield
+
+
+class _Formatter(logging.Formatter):
+    """Says "warning:" where one is meant; information comes as it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.levelno < logging.WARNING:
+            return super().format(record)
+        marked = copy(record)
+        marked.msg, marked.args = f"{record.levelname.lower()}: {record.getMessage()}", None
+        return super().format(marked)
+
+
+@contextmanager
+def logging_to_file(folder: Path) -> Iterator[None]:
+    """Append the project's log to log.txt of the run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    with _handling(handler):
+        yield
+
+
+@contextmanager
+def _handling(handler: logging.Handler) -> Iterator[None]:
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(min(level, logging.INFO))
+    # Libraries' chatter stays out; their warnings do not.
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith(OWN_LOGGERS))
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
+class _Bar(Progress):
+    """A progress bar with a line of numbers below."""
+
+    numbers = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.numbers)
+
+
+class ProgressView:
+    """A live bar on a terminal; otherwise one plain line per logged step. Silent on other ranks.
+
+    Args:
+        console: standard error.
+        total_steps: of the whole run.
+        start_step: steps already taken.
+        enabled: whether this is the main rank.
+    """
+
+    def __init__(self, console: Console, *, total_steps: int, start_step: int, enabled: bool) -> None:
+        self.total_steps = total_steps
+        self.start_step = start_step
+        self.enabled = enabled
+        self.started = time.perf_counter()
+        self.bar: _Bar | None = None
+        self.task: TaskID | None = None
+        if enabled and console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            self.bar = _Bar(*columns, console=console, refresh_per_second=4)
+            self.task = self.bar.add_task("epoch", total=total_steps, completed=start_step)
+            self.bar.start()
+
+    def update(self, step: int, epoch: int, epochs: int, values: Mapping[str, float] | None = None) -> None:
+        """Show one step; `values`, as in metrics.jsonl, come with logged steps only."""
+        if not self.enabled:
+            return
+        if self.bar is not None and self.task is not None:
+            if values is not None:
+                self.bar.numbers = _numbers(values)
+            self.bar.update(self.task, completed=step, description=f"epoch {epoch + 1}/{epochs}")
+        elif values is not None:
+            logger.info(
+                "epoch %d/%d  step %d/%d  %s  left %s",
+                epoch + 1, epochs, step, self.total_steps, _numbers(values), self._left(step),
+            )  # fmt: skip
+
+    def _left(self, step: int) -> str:
+        done = step - self.start_step
+        seconds = (time.perf_counter() - self.started) / max(1, done) * (self.total_steps - step)
+        return duration(seconds)
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _numbers(values: Mapping[str, float]) -> str:
+    shown = [f"{name} {values[name]:.4g}" for name in ("loss", "ila", "kta", "mps", "iis") if name in values]
+    if "lr" in values:
+        shown.append(f"lr {values['lr']:.2e}")
+    if "images_per_s" in values:
+        shown.append(f"{values['images_per_s']:.3g} images/s")
+    if "data_wait_s" in values and values.get("step_s"):
+        shown.append(f"data wait {100 * values['data_wait_s'] / values['step_s']:.0f}%")
+    return "  ".join(shown)

@@ -1,0 +1,271 @@
+"""Where each text item looks: attention maps of any model, and the way back to the pixels or voxels of the input.
+
+Axes: B images, T items of one image, H heads, L image tokens, D joint width, K item slots; *grid how the tokens lie
+in the image, (h, w) for photographs, (S, d, h, w) for studies of S series; *input the input's own size.
+
+A transform resizes, crops or pads, so a token's place in the model's view is not its place in the input. `Geometry`
+keeps the way, `map_to_input` goes back along it. Positions are measured between pixel edges: pixel n of an axis covers
+n … n + 1, and resizing maps edges to edges, as Pillow and PyTorch (align_corners=False) do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip.transform import CenterCropOrPad, MaybeConvertMode, ResizeKeepRatio
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
+
+from itemizedclip.data.batch import ItemBatch
+from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
+from itemizedclip.models.item_attention import ItemAttention
+
+Upsampling = Literal["nearest", "smooth"]
+"""Each pixel takes the value of the patch it lies in, or is interpolated linearly between patch centres."""
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ItemMaps:
+    """Where the T items of one image look, on the CPU, float32.
+
+    For every item and head, the weights of all tokens and the zero token's share sum to 1.
+
+    Attributes:
+        head_weights: (T, H, *grid), softmax weights without the zero token's column.
+        head_nowhere: (T, H), the zero token's share: what the item does not spend on the image.
+        scores: (T,), TCSim of each item with its own item-conditioned image embedding.
+    """
+
+    head_weights: Tensor
+    head_nowhere: Tensor
+    scores: Tensor
+
+    def __len__(self) -> int:
+        """T."""
+        return len(self.scores)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """How the tokens lie in the image."""
+        return tuple(self.head_weights.shape[2:])
+
+    @property
+    def weights(self) -> Tensor:
+        """(T, *grid), averaged over heads (paper: attention map)."""
+        return self.head_weights.mean(1)
+
+    @property
+    def nowhere(self) -> Tensor:
+        """(T,), the zero token's share, averaged over heads: how much an item "attends nowhere"."""
+        return self.head_nowhere.mean(1)
+
+    def times_uniform(self, *, per_head: bool = False) -> Tensor:
+        """Weights as multiples of an even spread over the L tokens, (T, *grid) or (T, H, *grid).
+
+        1 is what every token would get if the item looked everywhere alike; the mean over the tokens is one minus the
+        share of nowhere. Unlike a weight, the number does not depend on how finely the image is cut into tokens.
+        """
+        return (self.head_weights if per_head else self.weights) * math.prod(self.grid)
+
+
+def item_maps(model: DualEncoder, batch: ItemBatch, *, normalise_tokens: bool = False) -> list[ItemMaps]:
+    """Attention maps of every real item of a batch, one entry per image.
+
+    Args:
+        model: any model, in evaluation mode.
+        batch: images and their items, on any device.
+        normalise_tokens: L2-normalise the image tokens before the head, as the published zero-shot scores do; maps
+            and scores change in the third or fourth decimal. Training does not normalise.
+
+    Raises:
+        ValueError: a model in training mode, whose maps would be random where it uses dropout.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before asking for attention maps")
+    batch = batch.to(model.logit_scale.device)
+    B, K, _ = batch.item_tokens.shape
+    with torch.no_grad():
+        features = model.encode_image(batch.images, series_names=batch.series_names)
+        items_BKD = model.encode_text(batch.item_tokens.flatten(0, 1)).view(B, K, -1)
+        maps = maps_of_features(model.head, features, items_BKD, normalise_tokens=normalise_tokens)
+    return [_select(one, mask.cpu()) for one, mask in zip(maps, batch.item_mask)]
+
+
+@torch.no_grad()
+def maps_of_features(
+    head: ItemAttention, features: ImageFeatures, items_BTD: Tensor, *, normalise_tokens: bool = False
+) -> list[ItemMaps]:
+    """Attention maps of B images whose features are at hand, for T items each.
+
+    Args:
+        head: the model's head.
+        features: image features, not normalised.
+        items_BTD: item features (B, T, D), not normalised.
+        normalise_tokens: see `item_maps`.
+
+    Raises:
+        ValueError: tokens that do not fill the grid.
+    """
+    tokens_BLD = features.tokens_BLD
+    B, L, _ = tokens_BLD.shape
+    if math.prod(features.grid) != L:
+        raise ValueError(f"{L} image tokens do not fill the grid {features.grid}")
+    if normalise_tokens:
+        tokens_BLD = F.normalize(tokens_BLD, dim=-1)
+    projected = head.project(tokens_BLD)
+    attention = head.attention_weights(items_BTD, projected)
+    # Item k is compared with its own conditioned embedding, never with another item's.
+    scores_BT = F.cosine_similarity(items_BTD.float(), head.attend(items_BTD, projected).float(), dim=-1).cpu()
+    weights = attention.tokens.float().transpose(1, 2).unflatten(-1, features.grid).cpu()
+    nowhere_BTH = attention.nowhere.float().transpose(1, 2).cpu()
+    return [ItemMaps(weights[b], nowhere_BTH[b], scores_BT[b]) for b in range(B)]
+
+
+def _select(maps: ItemMaps, keep_T: Tensor) -> ItemMaps:
+    return ItemMaps(maps.head_weights[keep_T], maps.head_nowhere[keep_T], maps.scores[keep_T])
+
+
+# --- geometry --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a transform moved the input's pixels (or voxels) into the model's view; one entry per axis.
+
+    Position x of the input, in pixels from its first edge, lies at x · scale − offset in the view. Parts of the view
+    that no input pixel covers are padding, parts of the input outside the view were never seen.
+
+    Build it step by step: `Geometry.of_input((480, 640)).resize((224, 298)).crop((0, 37), (224, 224))`.
+
+    Attributes:
+        input_size: pixels of the input, (H, W) or (D, H, W).
+        view_size: pixels of the model's view.
+        scale: view pixels per input pixel.
+        offset: view pixels between the scaled input's first edge and the view's; negative where the view was padded.
+    """
+
+    input_size: tuple[int, ...]
+    view_size: tuple[int, ...]
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+
+    @classmethod
+    def of_input(cls, size: Sequence[int]) -> Geometry:
+        """The view is the input itself."""
+        if len(size) not in (2, 3) or min(size) < 1:
+            raise ValueError(f"an input has 2 or 3 axes of at least 1 pixel, got the size {tuple(size)}")
+        return cls(tuple(size), tuple(size), (1.0,) * len(size), (0.0,) * len(size))
+
+    def resize(self, size: Sequence[int]) -> Geometry:
+        """The view is resized to `size`, edges to edges."""
+        factor = [new / old for new, old in zip(self._checked(size), self.view_size)]
+        return replace(
+            self,
+            view_size=tuple(size),
+            scale=tuple(s * f for s, f in zip(self.scale, factor)),
+            offset=tuple(o * f for o, f in zip(self.offset, factor)),
+        )
+
+    def crop(self, start: Sequence[int], size: Sequence[int]) -> Geometry:
+        """The view is cut to `size` pixels from `start` on; a start below 0, or a size beyond the end, pads it."""
+        offset = tuple(o + s for o, s in zip(self.offset, self._checked(start)))
+        return replace(self, view_size=tuple(self._checked(size)), offset=offset)
+
+    def of_resized_input(self, size: Sequence[int]) -> Geometry:
+        """The same view, seen from a copy of the input resized to `size` (to draw a large image smaller)."""
+        scale = tuple(s * old / new for s, old, new in zip(self.scale, self.input_size, self._checked(size)))
+        return replace(self, input_size=tuple(size), scale=scale)
+
+    def _checked(self, values: Sequence[int]) -> Sequence[int]:
+        if len(values) != len(self.input_size):
+            raise ValueError(f"expected {len(self.input_size)} numbers, one per axis, got {tuple(values)}")
+        return values
+
+
+def geometry_of_transform(transform: Callable[..., Any], input_size: tuple[int, int]) -> Geometry:
+    """What an evaluation transform does to an image of `input_size` (H, W).
+
+    Sizes and cut positions are read off the steps themselves, by running them on test images, not computed anew.
+
+    Args:
+        transform: one of open_clip's evaluation transforms (`create_transform(config, is_train=False)`), or a
+            torchvision Compose of Resize, CenterCrop, ToTensor, Normalize.
+        input_size: of the image before the transform.
+
+    Raises:
+        ValueError: a step that is not known here, such as a random one.
+    """
+    geometry = Geometry.of_input(input_size)
+    for step in transform.transforms if isinstance(transform, Compose) else [transform]:
+        if isinstance(step, (Resize, ResizeKeepRatio)):
+            height, width = geometry.view_size
+            resized = step(Image.new("L", (width, height)))
+            geometry = geometry.resize((resized.height, resized.width))
+        elif isinstance(step, (CenterCrop, CenterCropOrPad)):
+            geometry = _crop_like(geometry, step)
+        elif not isinstance(step, (ToTensor, Normalize, MaybeConvertMode)):
+            raise ValueError(
+                f"cannot tell where {step!r} moves the pixels; expected an evaluation transform made of Resize, "
+                "CenterCrop, ToTensor and Normalize (random steps have no way back)"
+            )
+    return geometry
+
+
+def _crop_like(geometry: Geometry, step: Callable[[Tensor], Tensor]) -> Geometry:
+    """Read off what a crop does from an image of row and column numbers: −1, −2, …, while padding is 0 or more."""
+    rows, columns = (-torch.arange(1.0, size + 1) for size in geometry.view_size)
+    cut = step(torch.stack(torch.meshgrid(rows, columns, indexing="ij")))
+    start = []
+    for numbers in (cut[0].amin(1), cut[1].amin(0)):
+        first = int((numbers < 0).nonzero()[0])
+        start.append(-int(numbers[first]) - 1 - first)
+    return geometry.crop(start, cut.shape[1:])
+
+
+def map_to_input(values: Tensor | np.ndarray, geometry: Geometry, mode: Upsampling = "nearest") -> np.ndarray:
+    """Carry maps from the token grid to the input's own pixels.
+
+    The grid divides the view evenly. When patches leave a rest at the far edges, which a convolution drops, crop the
+    geometry to what they cover first: `geometry.crop((0, 0), (h * patch, w * patch))`.
+
+    Args:
+        values: (..., *grid), with one grid axis per axis of the geometry.
+        geometry: how the view was made from the input.
+        mode: "nearest" shows the patches, "smooth" interpolates linearly between their centres.
+
+    Returns:
+        float32 (..., *input), NaN where the input lies outside the view.
+
+    Raises:
+        ValueError: maps with fewer axes than the geometry, or an unknown mode.
+    """
+    if mode not in ("nearest", "smooth"):
+        raise ValueError(f'mode is {mode!r}; expected "nearest" or "smooth"')
+    maps = torch.as_tensor(values).detach().cpu().float()
+    num_axes = len(geometry.input_size)
+    if maps.dim() < num_axes:
+        raise ValueError(f"maps of shape {tuple(maps.shape)} have fewer axes than the input {geometry.input_size}")
+    positions, seen = [], torch.ones(geometry.input_size, dtype=torch.bool)
+    for axis, (size, view, scale, offset) in enumerate(
+        zip(geometry.input_size, geometry.view_size, geometry.scale, geometry.offset)
+    ):
+        at = (torch.arange(size, dtype=torch.float64) + 0.5) * scale - offset  # centre of each input pixel, in the view
+        inside = (at >= 0) & (at < view)
+        seen &= inside.view([-1 if other == axis else 1 for other in range(num_axes)])
+        positions.append((at / view * 2 - 1).float())  # grid_sample counts from −1 to 1, edge to edge
+    # grid_sample wants the last axis first.
+    where = torch.stack(torch.meshgrid(*positions, indexing="ij")[::-1], dim=-1)
+    leading = maps.shape[: maps.dim() - num_axes]
+    flat = maps.reshape(1, -1, *maps.shape[maps.dim() - num_axes :])
+    method = "nearest" if mode == "nearest" else "bilinear"
+    sampled = F.grid_sample(flat, where[None], mode=method, padding_mode="border", align_corners=False)
+    return sampled.masked_fill(~seen, float("nan")).reshape(*leading, *geometry.input_size).numpy()
