@@ -53,10 +53,9 @@ class ItemizedCLIP2D(DualEncoder):
     """ViT and CLIP text transformer joined by item-conditioned attention.
 
     Args:
-        config: `embed_dim`, open_clip's `vision_cfg` (image_size, patch_size, width, layers, head_width; ours: conv_stem) and
-            `text_cfg`
-            (context_length, vocab_size, width, heads, layers), optional `head_heads`, `init_logit_scale`,
-            `init_logit_bias`. Unknown keys raise TypeError.
+        config: `embed_dim`, open_clip's `vision_cfg` (image_size, patch_size, width, layers, head_width, and our
+            `conv_stem`) and `text_cfg` (context_length, vocab_size, width, heads, layers), optional `head_heads`,
+            `init_logit_scale`, `init_logit_bias`. Unknown keys raise TypeError.
     """
 
     head_name = "visual_proj"

@@ -40,9 +40,10 @@ MAX_PIXELS = 36_000_000
 """Attention figures show every pixel of the image while the whole figure has no more pixels than this."""
 
 _IMAGE_AREA = 6.5  # square inches of one image
-_IMAGE_SIDES = 1.0, 4.4  # shortest and longest side of an image, where its proportions allow
+_LONGEST_SIDE = 4.4
 _MOST_HEAD_COLUMNS = 9  # the average and eight heads
 _MIN_CELL_WIDTH = 2.7  # room for a title above a narrow image
+_MIN_HEAD_CELL_WIDTH = 1.0  # room for "nowhere 100 %"
 _MAX_WIDTH = 18.0
 _MARGIN, _GAP = 0.15, 0.2
 _FIGURE_PROPORTION = 1.5  # width : height that the choice of columns aims at
@@ -64,6 +65,7 @@ def attention_figure(
     scores: Sequence[float],
     *,
     nowhere: Sequence[float] | None = None,
+    peaks: Sequence[float] | None = None,
     masks: np.ndarray | None = None,
     title: str = "image",
     scale_top: float | None = None,
@@ -76,6 +78,7 @@ def attention_figure(
         maps: (T, H0, W0), multiples of an even spread, NaN where the model saw nothing (`map_to_input`).
         scores: T TCSims.
         nowhere: T shares of attention spent on no patch, 0 … 1; printed when given.
+        peaks: T largest multiples (`ItemMaps.peaks`), printed when given: beside a sharper map a weak one is dark.
         masks: bool (T, H0, W0), outlined when given: where each item truly is.
         title: stands above the image, such as a file name.
         scale_top: value of the brightest colour; default the largest of the maps, at least `MIN_SCALE_TOP`.
@@ -89,19 +92,19 @@ def attention_figure(
     _check_shape("maps", maps, (T, *size))
     _check_shape("scores", scores, (T,))
     _check_shape("nowhere", nowhere, (T,))
+    _check_shape("peaks", peaks, (T,))
     _check_shape("masks", masks, (T, *size))
     panels = [
         _Panel(
             f"{k + 1}. {items[k]}",
-            _score_note(scores[k], None if nowhere is None else nowhere[k], maps[k]),
+            _score_note(scores[k], None if nowhere is None else nowhere[k], None if peaks is None else peaks[k]),
             maps[k],
             None if masks is None else masks[k],
         )
         for k in range(T)
     ]
     first = _Panel(title, _size_note(pixels))
-    height = math.sqrt(_IMAGE_AREA * size[0] / size[1])
-    image_size = _fit(size, height)
+    image_size = _fit(size, math.sqrt(_IMAGE_AREA * size[0] / size[1]))
     sheet = _Sheet([_Block("", [first, *panels])], _choose_columns(1 + T, image_size), image_size)
     finest_dpi = max(MIN_DPI, math.sqrt(MAX_PIXELS / (sheet.width * sheet.height)))
     native_dpi = size[1] / image_size[0]
@@ -149,8 +152,8 @@ def head_figure(
     rows = -(-(1 + num_heads) // _MOST_HEAD_COLUMNS)
     columns = -(-(1 + num_heads) // rows)
     width = (_MAX_WIDTH - 2 * _MARGIN) / _MOST_HEAD_COLUMNS - _GAP
-    image_size = _fit(size, width * min(1.0, size[0] / size[1]))
-    sheet = _Sheet(blocks, columns, image_size, min_cell_width=0.0)
+    image_size = _fit(size, width * min(2.0, size[0] / size[1]))
+    sheet = _Sheet(blocks, columns, image_size, min_cell_width=_MIN_HEAD_CELL_WIDTH)
     return sheet.render(pixels, _scale_top(maps, scale_top), MIN_DPI)
 
 
@@ -163,7 +166,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     metadata = _METADATA.get(path.suffix.lower())
     if metadata is None:
-        raise ValueError(f"{path}: pictures are written as {' or '.join(_METADATA)}, not {path.suffix or 'without'}")
+        raise ValueError(f"{path}: expected a file name that ends in {' or '.join(_METADATA)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.style.context("default"):
         figure.savefig(path, metadata=metadata)
@@ -205,8 +208,7 @@ def _check_items(items: Sequence[str]) -> None:
 
 def _check_shape(name: str, values: Any, expected: tuple[int, ...]) -> None:
     if values is not None and np.shape(values) != expected:
-        raise ValueError(f"{name}: expected the shape {expected} (items first, then the image's size), "
-                         f"got {np.shape(values)}")  # fmt: skip
+        raise ValueError(f"{name}: expected the shape {expected}, got {np.shape(values)}")
 
 
 def _scale_top(maps: np.ndarray, chosen: float | None) -> float:
@@ -226,13 +228,12 @@ def _signed(score: float) -> str:
     return f"{score:.3f}".replace("-", "−")
 
 
-def _score_note(score: float, nowhere: float | None, values: np.ndarray) -> str:
+def _score_note(score: float, nowhere: float | None, peak: float | None) -> str:
     parts = [f"TCSim {_signed(score)}"]
     if nowhere is not None:
         parts.append(_nowhere_note(nowhere))
-    if np.isfinite(values).any():
-        # Beside a sharper map a weak one is dark; its peak tells that it is there.
-        parts.append(f"peak {np.nanmax(values):.1f}×")
+    if peak is not None:
+        parts.append(f"peak {peak:.1f}×")
     return " · ".join(parts)
 
 
@@ -240,12 +241,9 @@ def _score_note(score: float, nowhere: float | None, values: np.ndarray) -> str:
 
 
 def _fit(size: Sequence[int], height: float) -> tuple[float, float]:
-    """Width and height of an image on paper: about `height`, its sides within `_IMAGE_SIDES`."""
-    proportion = size[1] / size[0]
-    width = height * proportion
-    factor = min(1.0, _IMAGE_SIDES[1] / max(width, height))
-    if min(width, height) * factor < _IMAGE_SIDES[0] / 2:  # a strip: rather too long than invisible
-        factor = _IMAGE_SIDES[0] / 2 / min(width, height)
+    """Width and height of an image on paper: of this height, or less so that no side exceeds `_LONGEST_SIDE`."""
+    width = height * size[1] / size[0]
+    factor = min(1.0, _LONGEST_SIDE / max(width, height))
     return width * factor, height * factor
 
 
@@ -348,7 +346,7 @@ def _legend(panels: list[_Panel]) -> str:
     if any("nowhere" in panel.note for panel in panels):
         sentences.append("Nowhere: share of the attention that rests on no patch.")
     if any("peak" in panel.note for panel in panels):
-        sentences.append("Peak: the most attended pixel.")
+        sentences.append("Peak: the most attended patch.")
     if not all(np.isfinite(values).all() for values in maps):
         sentences.append("Pale: outside the crop, never seen by the model.")
     if any(panel.mask is not None for panel in panels):

@@ -76,6 +76,11 @@ class ItemMaps:
         """
         return (self.head_weights if per_head else self.weights) * math.prod(self.grid)
 
+    @property
+    def peaks(self) -> Tensor:
+        """(T,), the most attended token of each item, in multiples of an even spread."""
+        return self.times_uniform().flatten(1).amax(1)
+
 
 def item_maps(model: DualEncoder, batch: ItemBatch, *, normalise_tokens: bool = False) -> list[ItemMaps]:
     """Attention maps of every real item of a batch, one entry per image.
