@@ -12,7 +12,7 @@ first k when its rank is at most k. Rivals are
                     and the mean over own texts is (n + 1) / 2 + mean f.
 
 Published logs of training count from 0: subtract 1 from our mean and worst ranks to compare. Texts that read the same
-but belong to different images are rivals, as in the published tables.
+but belong to different images are rivals, as in the published tables, unless the caller says otherwise.
 """
 
 from __future__ import annotations
@@ -77,8 +77,11 @@ class RivalCounts:
         self.rival_texts_M = torch.zeros_like(self.owner_M)
         self.rival_images_M = torch.zeros_like(self.owner_M)
 
-    def add_rows(self, rows_B: Tensor, scores_BM: Tensor) -> None:
-        """First pass: scores (B, M) of the images `rows_B` against every text."""
+    def add_rows(self, rows_B: Tensor, scores_BM: Tensor, *, no_rivals_BM: Tensor | None = None) -> None:
+        """First pass: scores (B, M) of the images `rows_B` against every text.
+
+        `no_rivals_BM`, bool: pairs that count as neither right nor wrong, besides the image's own texts.
+        """
         scores_BM = self._checked(rows_B, scores_BM)
         # An image's position in the block, by sorting once instead of comparing every text with every image.
         ordered_B, order_B = rows_B.sort()
@@ -91,16 +94,20 @@ class RivalCounts:
         for block in torch.arange(len(own_P), device=own_P.device).split(max(1, BLOCK_BYTES // (8 * M))):
             texts_P = own_P[block]
             rivals_PM = self.owner_M != self.owner_M[texts_P, None]
+            if no_rivals_BM is not None:
+                rivals_PM &= ~no_rivals_BM[block_row_P[block]]
             scores_PM = scores_BM[block_row_P[block]]
             self.rival_texts_M[texts_P] = _twice_beaten(scores_PM, true_P[block, None], rivals_PM, 1)
 
-    def add_columns(self, rows_B: Tensor, scores_BM: Tensor) -> None:
-        """Second pass: the same scores once every true score is known."""
+    def add_columns(self, rows_B: Tensor, scores_BM: Tensor, *, no_rivals_BM: Tensor | None = None) -> None:
+        """Second pass: the same arguments once every true score is known."""
         scores_BM = self._checked(rows_B, scores_BM)
         for block in torch.arange(len(rows_B), device=rows_B.device).split(
             max(1, BLOCK_BYTES // (8 * len(self.owner_M)))
         ):
             rivals_BM = self.owner_M != rows_B[block, None]
+            if no_rivals_BM is not None:
+                rivals_BM &= ~no_rivals_BM[block]
             self.rival_images_M += _twice_beaten(scores_BM[block], self.true_scores_M, rivals_BM, 0)
 
     def ranks(self) -> RetrievalRanks:

@@ -49,6 +49,9 @@ class RetrievalEvaluator:
         name: prefix for logs.
         scoring: "tcsim", or "global" for the cosine of global features.
         normalise_tokens: see `TcsimScorer`; published retrieval does not.
+        equal_texts_are_rivals: whether a text that reads like one of the image's own, but belongs to another image, is a
+            wrong answer (as published). False leaves such pairs out of the ranking; right where items repeat by
+            design, as in the itemized scenes.
         encoding: batch sizes, workers, precision of the towers.
         score_dtype: precision of scoring.
         on_progress: called after each batch.
@@ -61,6 +64,7 @@ class RetrievalEvaluator:
     name: str = "retrieval"
     scoring: Scoring = "tcsim"
     normalise_tokens: bool = False
+    equal_texts_are_rivals: bool = True
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
     score_dtype: torch.dtype = torch.float32
     on_progress: Progress | None = None
@@ -91,6 +95,7 @@ class RetrievalEvaluator:
             "num_different_texts": len(texts),
             "scoring": self.scoring,
             "normalise_tokens": self.scoring == "tcsim" and self.normalise_tokens,
+            "equal_texts_are_rivals": self.equal_texts_are_rivals,
             "texts_sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest(),
         }
         scorer = create_scorer(
@@ -107,7 +112,7 @@ class RetrievalEvaluator:
         kept: list[tuple[Tensor, Tensor]] = []
         kept_bytes = 0
         for rows_B, scores_BU in self._scores(model, scorer, self.on_progress):
-            counts.add_rows(rows_B, scores_BU[:, number_M])
+            counts.add_rows(rows_B, scores_BU[:, number_M], no_rivals_BM=self._no_rivals(rows_B, number_M, owner_M))
             kept_bytes += scores_BU.numel() * scores_BU.element_size()
             if kept_bytes <= KEPT_SCORE_BYTES:
                 kept.append((rows_B, scores_BU))
@@ -117,10 +122,19 @@ class RetrievalEvaluator:
         counts.true_scores_M = collectives.all_reduce_sum(counts.true_scores_M)
         all_kept = kept_bytes <= KEPT_SCORE_BYTES
         for rows_B, scores_BU in kept if all_kept else self._scores(model, scorer, None):
-            counts.add_columns(rows_B, scores_BU[:, number_M])
+            counts.add_columns(rows_B, scores_BU[:, number_M], no_rivals_BM=self._no_rivals(rows_B, number_M, owner_M))
         counts.rival_texts_M = collectives.all_reduce_sum(counts.rival_texts_M)
         counts.rival_images_M = collectives.all_reduce_sum(counts.rival_images_M)
         return counts.ranks()
+
+    def _no_rivals(self, rows_B: Tensor, number_M: Tensor, owner_M: Tensor) -> Tensor | None:
+        """bool (B, M): texts that read like one of the image's own, where these do not count as wrong."""
+        if self.equal_texts_are_rivals:
+            return None
+        own_BM = owner_M == rows_B[:, None]
+        own_BU = torch.zeros((len(rows_B), int(number_M.max()) + 1), dtype=torch.int32, device=rows_B.device)
+        own_BU.index_add_(1, number_M, own_BM.int())
+        return own_BU[:, number_M] > 0
 
     def _scores(
         self, model: DualEncoder, scorer: TextScorer, on_progress: Progress | None

@@ -54,6 +54,9 @@ DEVICE_BLOCK_BYTES = 512 * 2**20
 NUM_STRIPS = 4
 """Strips of the rotated output projection on the CPU."""
 
+ROW_MULTIPLE = 16
+"""Texts of a block and tokens of an image are filled up to a multiple of this (see `_linear`)."""
+
 MIN_NORM = 1e-8
 """Lengths below this count as this in a cosine, as in torch.cosine_similarity."""
 
@@ -148,7 +151,9 @@ class TcsimScorer(TextScorer):
         self.num_heads = head.num_heads
         self.block_bytes = block_bytes or _default_block_bytes(texts_MD.device)
         with torch.no_grad(), _full_precision(texts_MD.device):
-            head, texts_MD = float_head(head), texts_MD.detach().float()
+            # Rows that fill up to the multiple are scored like texts and cut off at the end.
+            texts_MD = F.pad(texts_MD.detach().float(), (0, 0, 0, -self.num_texts % ROW_MULTIPLE))
+            head = float_head(head)
             self._queries_HMd = self._split_heads(head.project_queries(texts_MD).to(dtype)[None])[0].contiguous()
             self._kv_weight, self._kv_bias = (part.to(dtype) for part in _fold_layer_norms(head))
             self._layer_norm_eps = head.ln_k.eps
@@ -161,15 +166,17 @@ class TcsimScorer(TextScorer):
         itemsize = torch.finfo(self.dtype).bits // 8
         bytes_per_image = 6 * L * D * itemsize  # normalised tokens, keys and values with and without the zero token
         bytes_per_pair = 4 * D * itemsize  # pooled values, their projection, and products of it
-        texts_per_block = max(1, min(self.num_texts, self.block_bytes // bytes_per_pair))
+        texts_per_block = min(len(self._targets_MD), self.block_bytes // bytes_per_pair)
+        texts_per_block = max(ROW_MULTIPLE, texts_per_block // ROW_MULTIPLE * ROW_MULTIPLE)
         images_per_block = self.block_bytes // max(bytes_per_image, texts_per_block * bytes_per_pair)
         for images in _blocks(B, images_per_block):
             with _full_precision(tokens_BLD.device):
                 keys, values = self._project(tokens_BLD[images])
-            for texts in _blocks(self.num_texts, texts_per_block):
+            for rows in _blocks(len(self._targets_MD), texts_per_block):
                 with _full_precision(tokens_BLD.device):
-                    scores = self._score_block(keys, values, texts)
-                yield ScoreBlock(images, texts, scores)
+                    scores = self._score_block(keys, values, rows)
+                texts = slice(rows.start, min(rows.stop, self.num_texts))
+                yield ScoreBlock(images, texts, scores[:, : texts.stop - texts.start])
 
     def _split_heads(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) → (B, H, N, d)."""
@@ -181,10 +188,13 @@ class TcsimScorer(TextScorer):
         tokens_BLD = tokens_BLD.float()
         if self.normalise_tokens:
             tokens_BLD = F.normalize(tokens_BLD, dim=-1)
-        D = tokens_BLD.shape[-1]
+        _, L, D = tokens_BLD.shape
         standardised_BLD = F.layer_norm(tokens_BLD, (D,), eps=self._layer_norm_eps).to(self.dtype)
-        projected = _linear(standardised_BLD, self._kv_weight, self._kv_bias)
-        keys, values = F.pad(projected, (0, 0, 0, 1)).split(D, dim=-1)
+        # At least one row more than tokens: the zero token.
+        filled = F.pad(standardised_BLD, (0, 0, 0, ROW_MULTIPLE - L % ROW_MULTIPLE))
+        projected = _linear(filled, self._kv_weight, self._kv_bias)
+        projected[:, L] = 0
+        keys, values = projected[:, : L + 1].split(D, dim=-1)
         return self._split_heads(keys), self._split_heads(values)
 
     def _score_block(self, keys: Tensor, values: Tensor, texts: slice) -> Tensor:
@@ -284,18 +294,18 @@ def _rotate_output(head: ItemAttention, targets_MD: Tensor, dtype: torch.dtype) 
 
 
 def _linear(x_BND: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear; on the CPU as a 1 × 1 convolution, whose library (oneDNN) runs AMD processors at twice MKL's speed."""
+    """F.linear; on the CPU as a 1 × 1 convolution, whose library (oneDNN) runs AMD processors at twice MKL's speed.
+
+    N must be a multiple of ROW_MULTIPLE: PyTorch hands 1 × 1 kernels to oneDNN only with several threads or a batch of
+    at least 16, so on one thread the rows are given as 16 images.
+    """
     if x_BND.device.type != "cpu" or x_BND.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return F.linear(x_BND, weight, bias)
     B, N, _ = x_BND.shape
-    rows = x_BND.flatten(0, 1)
-    # PyTorch hands 1 × 1 kernels to oneDNN only with several threads or a batch of at least 16.
-    batch = 1 if torch.get_num_threads() > 1 else 16
-    if len(rows) % batch:
-        rows = F.pad(rows, (0, 0, 0, -len(rows) % batch))
-    channels_last = rows.unflatten(0, (batch, -1)).unsqueeze(2).permute(0, 3, 1, 2)
+    batch = 1 if torch.get_num_threads() > 1 else ROW_MULTIPLE
+    channels_last = x_BND.flatten(0, 1).unflatten(0, (batch, -1)).unsqueeze(2).permute(0, 3, 1, 2)
     result = F.conv2d(channels_last, weight[:, :, None, None], bias)
-    return result.permute(0, 2, 3, 1).flatten(0, 2)[: B * N].view(B, N, -1)
+    return result.permute(0, 2, 3, 1).reshape(B, N, -1)
 
 
 # --- the best of many, without the matrix ---------------------------------------------------------------------------

@@ -231,7 +231,9 @@ class _Terms:
         B, K = mask_BK.shape
         image = torch.nn.functional.normalize(self.inputs.image_global_BD.float(), dim=-1)
         items = torch.nn.functional.normalize(items_ND.float(), dim=-1)
-        logits = self.scale * (image @ items.T) + self.bias
+        # Autocast would take this product in half precision.
+        with torch.autocast(image.device.type, enabled=False):
+            logits = self.scale * (image @ items.T) + self.bias
         weights = mask_BK.float().reshape(1, -1).expand_as(logits)
         if self.options.normal_check:
             item_is_normal = item_is_normal_B.repeat_interleave(K)[None]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import resource
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,21 +23,21 @@ import torch
 from torch import Tensor
 
 from itemizedclip.collectives import all_reduce_max, all_reduce_sum, gather_objects
-from itemizedclip.data.batch import BadSampleError, ItemBatch, ItemSample
-from itemizedclip.data.preflight import PreflightError, check_dataset, duplicate_warning
+from itemizedclip.data.batch import ItemBatch, ItemSample
+from itemizedclip.data.preflight import check_dataset, duplicate_warning
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import CheckpointError, transform_spec
+from itemizedclip.models.factory import transform_spec
 from itemizedclip.training.checkpoint import find_resume
-from itemizedclip.training.distributed import Ranks, SetupError, StopRequest, launch, on_main, seed_step
+from itemizedclip.training.distributed import Ranks, StopRequest, launch, on_main, seed_step
 from itemizedclip.training.loading import BatchSource, MapSource, StepBatch
 from itemizedclip.training.optimizer import set_lr
 from itemizedclip.training.options import RunOptions, options_to_dict
 from itemizedclip.training.resume import restore, save_epoch, save_latest
 from itemizedclip.training.run import Evaluator, Run, TrainResult, build, check_gradients, start_from
 from itemizedclip.training.tracking import (
+    OWN_PACKAGES,
     ProgressView,
     Tracker,
-    TrackingError,
     check_trackers,
     choose_run_folder,
     duration,
@@ -97,13 +98,13 @@ def train(
     if settings.resume is not None:
         arguments = (settings.resume, settings.logs, settings.name)
         resumed_from = on_main(lambda: find_resume(*arguments, recipe=settings.recipe))
+    if source is None:
+        source = _map_source(options, dataset, collator, ranks)
     folder = on_main(lambda: choose_run_folder(settings, resumed_from))
     with ExitStack() as stack:
         if ranks.is_main:
             stack.enter_context(logging_to_file(folder))
         stop = stack.enter_context(StopRequest.listening())
-        if source is None:
-            source = _map_source(options, dataset, collator, ranks)
         config = dict(model_config or model.config)
         spec = dict(transform) if transform is not None else _transform_of(config)
         if resumed_from is None and options.model.pretrained is not None:
@@ -118,14 +119,31 @@ def train(
 
 @contextmanager
 def reported_errors(prog: str | None = None) -> Iterator[None]:
-    """Turn the errors a user can mend into one line on standard error and exit status 1; others keep their trace."""
+    """Turn errors a user can mend into one line on standard error and exit status 1; others keep their trace.
+
+    Those are the ValueErrors raised by the project's own code, missing files, and, on several ranks, connections
+    that broke because another rank failed: its message is the one to read.
+    """
     try:
         yield
-    except (
-        SetupError, PreflightError, CheckpointError, TrackingError, BadSampleError, NonFiniteError, FileNotFoundError
-    ) as error:  # fmt: skip
+    except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, ValueError) and not _raised_by_us(error):
+            raise
         print(f"{prog or Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        print("another process of this run failed; see its message", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether the project's code raised this error, not a library below it."""
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+    return module.startswith(OWN_PACKAGES)
 
 
 def _map_source(

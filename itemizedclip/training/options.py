@@ -319,15 +319,19 @@ def parse_run(
     except ValueError as error:
         _exit_with(prog, f"recipe {name}: {error}")
     base = dataclasses.replace(base, run=dataclasses.replace(base.run, recipe=name))
-    return tyro.cli(
-        type(base),
-        default=base,
-        args=arguments,
-        prog=prog,
-        description=f"{description or ''}\n\nRecipes (--recipe NAME; defaults below are those of {name}):\n"
-        + "\n".join(f"  {key}: {_first_line(recipe)}" for key, recipe in recipes.items()),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    listed = "\n".join(f"  {key}: {_first_line(recipe)}" for key, recipe in recipes.items())
+    heading = f"Recipes (--recipe NAME; defaults below are those of {name}):"
+    try:
+        return tyro.cli(
+            type(base),
+            default=base,
+            args=arguments,
+            prog=prog,
+            description=f"{description or ''}\n\n{heading}\n{listed}",
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except ValueError as error:  # tyro before 1.0 lets rules across groups through
+        _exit_with(prog, str(error))
 
 
 def _exit_with(prog: str | None, message: str) -> typing.NoReturn:

@@ -5,6 +5,7 @@ Axes: B images of one rank's contrastive batch, W ranks. "Step" counts optimizer
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -211,12 +212,12 @@ def compile_towers(model: DualEncoder) -> None:
 def _wrap(task: ItemizedTask, ranks: Ranks) -> nn.Module:
     if ranks.world_size == 1:
         return task
-    return DistributedDataParallel(
-        task,
-        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+    # Buffers are constants here; PyTorch renamed the switch that stops their broadcast before every forward pass.
+    known = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    settings: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
+    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(task, device_ids=device_ids, **settings)
 
 
 def start_from(model: DualEncoder, path: Path) -> None:

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 Values = Mapping[str, float | int | str]
 
-OWN_LOGGERS = ("itemizedclip", "images_2d", "open_mri", "open_ct_rate", "__main__")
-"""Loggers whose information is shown; of others, warnings only."""
+OWN_PACKAGES = ("itemizedclip", "images_2d", "open_mri", "open_ct_rate", "__main__")
+"""The project's packages: their log is shown; of others, warnings only."""
 
 
 class TrackingError(ValueError):
@@ -298,12 +298,17 @@ class _Formatter(logging.Formatter):
 
 @contextmanager
 def logging_to_file(folder: Path) -> Iterator[None]:
-    """Append the project's log to log.txt of the run folder."""
+    """Append the project's log, and the error that ends the block, to log.txt of the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     with _handling(handler):
-        yield
+        try:
+            yield
+        except Exception as error:
+            text = f"ended by {type(error).__name__}: {error}"
+            handler.emit(logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "msg": text}))
+            raise
 
 
 @contextmanager
@@ -312,7 +317,7 @@ def _handling(handler: logging.Handler) -> Iterator[None]:
     level = root.level
     root.setLevel(min(level, logging.INFO))
     # Libraries' chatter stays out; their warnings do not.
-    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith(OWN_LOGGERS))
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith(OWN_PACKAGES))
     root.addHandler(handler)
     try:
         yield
