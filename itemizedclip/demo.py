@@ -46,6 +46,9 @@ from itemizedclip.viewer.maps import geometry_of_transform, item_maps, map_to_in
 
 logger = logging.getLogger(__name__)
 
+PATCH_PX = 8
+"""Patch size of the recipes' model, px."""
+
 DESCRIPTION = "Train a small model on the embedded itemized scenes, evaluate it, and draw where its items looked."
 
 
@@ -53,10 +56,10 @@ DESCRIPTION = "Train a small model on the embedded itemized scenes, evaluate it,
 class ScenesData:
     """Itemized scenes: how many and how hard."""
 
-    level: str = "standard"
-    """Difficulty: easy, standard, crowded, or held_out (a fifth of the colour-digit pairs never in training)."""
+    level: str = "lattice"
+    """Difficulty: lattice, easy, standard, crowded, or held_out (a fifth of the pairs never in training)."""
 
-    num_train: int = 12000
+    num_train: int = 14400
     """Training scenes."""
 
     num_test: int = 500
@@ -87,14 +90,16 @@ def scenes() -> ScenesRun:
         model=ModelSettings(model="ViT-scenes-ItemizedCLIP", precision="amp_bf16"),
         objective=ObjectiveSettings(
             ila_weight=1.0,
-            ila_keep_rate=0.8,
+            ila_keep_rate=0.9,
             kta_weight=1.0,
             key_token_fraction=0.1,
             mps_weight=0.5,
             iis_weight=1.0,
             worst_positive_factor=1.5,
+            # 160 texts in batches of some 170 items: many negatives would read like the image's own items.
+            mask_duplicates=True,
         ),
-        optimizer=OptimizerSettings(lr=1e-3, weight_decay=0.1, warmup=50, epochs=3, grad_clip_norm=1.0),
+        optimizer=OptimizerSettings(lr=1e-3, weight_decay=0.1, eps=1e-8, warmup=50, epochs=3),
         loading=LoadingSettings(batch_size=48, num_sampled_captions=7, workers=0),
     )
 
@@ -106,7 +111,7 @@ def scenes_debug() -> ScenesRun:
         recipe,
         optimizer=replace(recipe.optimizer, warmup=2, epochs=1),
         loading=replace(recipe.loading, batch_size=8),
-        data=replace(recipe.data, level="easy", num_train=48, num_test=60, num_pictures=1),
+        data=replace(recipe.data, num_train=48, num_test=60, num_pictures=1),
     )
 
 
@@ -131,7 +136,8 @@ def scene_evaluators(test: ScenesDataset, tokenizer: Tokenizer) -> list[Any]:
             test, tokenizer, zero_shot_prompts(test.level.name), class_labels(test), name="zero_shot", encoding=encoding
         ),
         RetrievalEvaluator(test, tokenizer, name="retrieval", encoding=encoding),
-        ExplainEvaluator(test, tokenizer, name="explain", encoding=encoding),
+        # A map's peak is known to a patch: half of one (4 px) around the item's pen strokes still counts.
+        ExplainEvaluator(test, tokenizer, name="explain", tolerance_px=PATCH_PX / 2, encoding=encoding),
     ]
 
 
@@ -181,7 +187,7 @@ def draw_scenes(
 SUMMARY = {
     "zero_shot/macro_auc": "zero-shot macro AUC over all colour-digit classes",
     "retrieval/text_to_image_R@1": "retrieval text → image, first",
-    "retrieval/text_to_image_R@10": "retrieval text → image, among ten",
+    "retrieval/text_to_image_R@10": "retrieval text → image, among the first ten",
     "retrieval/image_to_text_R@1": "retrieval image → text, first",
     "explain/pointing_game": "pointing game: attention peaks on the item",
     "explain/miou": "mIoU of attention and item",

@@ -30,11 +30,15 @@ def logit(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return scale * torch.dot(a / a.norm(), b / b.norm()) + bias
 
 
+def reads_like_own(mine: dict, i: int, text: Tensor) -> bool:
+    return any(bool(m) and bool(own == text) for m, own in zip(mine["mask"][i], mine["ids"][i]))
+
+
 def plain_losses(head, ranks: list[dict], rank: int, scale, bias, options) -> dict[str, Tensor]:
     """Losses of `rank`, every rank's inputs given.
 
     Each entry of `ranks`: image_global (B, D), image_tokens (B, L, D), items (B, K, D), mask (B, K), normal (B,),
-    index (B, T) into the flat item table, keep (B, H, T, L) or None.
+    ids (B, K) numbers of the texts, index (B, T) into the flat item table, keep (B, H, T, L) or None.
     """
     mine = ranks[rank]
     B, K = mine["mask"].shape
@@ -51,6 +55,8 @@ def plain_losses(head, ranks: list[dict], rank: int, scale, bias, options) -> di
                 if i <= column < i + K:
                     weight = float(theirs["mask"][j, k])
                 if options.normal_check and not own and bool(mine["normal"][i]) and bool(theirs["normal"][j]):
+                    weight = 0.0
+                if options.mask_duplicates and not own and reads_like_own(mine, i, theirs["ids"][j, k]):
                     weight = 0.0
                 item = theirs["items"][j, k]
                 keep = None if mine["keep"] is None else mine["keep"][i, :, column]
@@ -75,6 +81,8 @@ def plain_losses(head, ranks: list[dict], rank: int, scale, bias, options) -> di
                 for k, row in enumerate(own_rows):
                     for j in range(K):
                         w = float(mine["mask"][i, k]) * float(mine["mask"][i, j])
+                        if options.mask_duplicates and j != k and mine["ids"][i, j] == mine["ids"][i, k]:
+                            w = 0.0
                         sign = 1.0 if j == k else -1.0
                         term = F.logsigmoid(sign * logit(row[3], mine["items"][i, j], scale, bias))
                         total["iis"] = total["iis"] - w * term / (B * K)
@@ -83,6 +91,8 @@ def plain_losses(head, ranks: list[dict], rank: int, scale, bias, options) -> di
                     own = other == rank and i == j
                     w = float(theirs["mask"][j, k])
                     if options.normal_check and not own and bool(mine["normal"][i]) and bool(theirs["normal"][j]):
+                        w = 0.0
+                    if options.mask_duplicates and not own and reads_like_own(mine, i, theirs["ids"][j, k]):
                         w = 0.0
                     sign = 1.0 if own else -1.0
                     term = F.logsigmoid(sign * logit(mine["image_global"][i], theirs["items"][j, k], scale, bias))

@@ -14,6 +14,7 @@ from itemizedclip.models import item_attention
 from itemizedclip.models.item_attention import ItemAttention
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions, itemized_losses
 from itemizedclip.objectives.pairing import build_pairing, sample_pairing
+from itemizedclip.objectives.terms import text_ids
 
 D, H = 32, 4
 OPTIONS = ObjectiveOptions(ila_weight=1.2, kta_weight=0.9, key_token_fraction=0.2, mps_weight=0.3, iis_weight=0.7,
@@ -33,6 +34,7 @@ def rank_inputs(seed: int, B: int, K: int, L: int, *, keep_rate: float = 1.0) ->
         "items": torch.randn(B, K, D, generator=g),
         "mask": mask,
         "normal": torch.rand(B, generator=g) < 0.5,
+        "ids": torch.randint(0, 4, (B, K), generator=g),
         "index": sample_pairing(mask, generator=g).index_BT,
         "keep": keep,
     }
@@ -41,7 +43,7 @@ def rank_inputs(seed: int, B: int, K: int, L: int, *, keep_rate: float = 1.0) ->
 def ours(head, data: dict, options: ObjectiveOptions, scale=14.0, bias=-10.0, **overrides):
     data = data | overrides
     inputs = LossInputs(
-        data["image_global"], data["image_tokens"], data["items"].flatten(0, 1), data["mask"], data["normal"]
+        data["image_global"], data["image_tokens"], data["items"].flatten(0, 1), data["mask"], data["normal"], data["ids"].flatten()
     )
     return itemized_losses(
         head, inputs, torch.as_tensor(scale), torch.as_tensor(bias), options,
@@ -63,11 +65,12 @@ def heads(seed: int = 0) -> tuple[ItemAttention, PlainHead]:
     ("B", "K", "L"), [(4, 3, 10), (1, 4, 7), (5, 1, 6), (1, 1, 3), (3, 2, 2)], ids=lambda value: str(value)
 )
 @pytest.mark.parametrize("keep_rate", [1.0, 0.6])
+@pytest.mark.parametrize("mask_duplicates", [False, True])
 @pytest.mark.parametrize("normal_check", [False, True])
-def test_equals_the_plain_loss_and_its_gradients(B, K, L, keep_rate, normal_check):
+def test_equals_the_plain_loss_and_its_gradients(B, K, L, keep_rate, normal_check, mask_duplicates):
     """Also K = 1, B = 1, one item, and L < 1/fraction."""
     head, plain = heads()
-    options = dataclasses.replace(OPTIONS, normal_check=normal_check)
+    options = dataclasses.replace(OPTIONS, normal_check=normal_check, mask_duplicates=mask_duplicates)
     data = rank_inputs(B * 10 + K, B, K, L, keep_rate=keep_rate)
     leaves = ("image_global", "image_tokens", "items")
     mine = data | {name: data[name].clone().requires_grad_() for name in leaves}
@@ -206,6 +209,15 @@ def test_negatives_are_drawn_uniformly_from_real_items():
     torch.testing.assert_close(counts[8:10] / 6000, torch.full((2,), 1 / 2), atol=0.03, rtol=0)
 
 
+def test_text_ids_tell_texts_apart_and_ignore_padding():
+    tokens = torch.randint(1, 49408, (2000, 12), generator=torch.Generator().manual_seed(0))
+    tokens[:, 9:] = 0
+    ids = text_ids(tokens)
+    assert len(ids.unique()) == len(tokens.unique(dim=0))
+    assert torch.equal(ids, text_ids(torch.nn.functional.pad(tokens, (0, 5))))
+    assert torch.equal(ids[:5], text_ids(tokens[:5].clone()))
+
+
 def test_image_without_items_contributes_nothing():
     head, _ = heads()
     data = rank_inputs(5, 3, 2, 4)
@@ -248,26 +260,26 @@ def test_bfloat16_autocast_stays_finite_and_near_float32():
         assert abs(rough[name] - exact[name]) <= 0.03 * exact[name].abs(), name
 
 
-def _world(rank: int, world: int, rendezvous: str, results: str, normal_check: bool) -> None:
+def _world(rank: int, world: int, rendezvous: str, results: str, checks: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     head, _ = heads()
     data = rank_inputs(100 + rank, 3, 2, 6)
     leaves = {n: data[n].clone().requires_grad_() for n in ("image_global", "image_tokens", "items")}
-    losses = ours(head, data | leaves, dataclasses.replace(OPTIONS, normal_check=normal_check))
+    losses = ours(head, data | leaves, dataclasses.replace(OPTIONS, normal_check=checks, mask_duplicates=checks))
     losses["loss"].backward()
     torch.save({"losses": {k: v.detach() for k, v in losses.items()}, "grads": {k: v.grad for k, v in leaves.items()}},
                f"{results}/{rank}.pt")  # fmt: skip
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("normal_check", [False, True])
-def test_ranks_equal_the_gathered_computation(tmp_path, normal_check):
+@pytest.mark.parametrize("checks", [False, True])
+def test_ranks_equal_the_gathered_computation(tmp_path, checks):
     """Three processes of three images: each loss, and the gradients that came back from the others."""
     world = 3
-    mp.spawn(_world, (world, str(tmp_path / "meet"), str(tmp_path), normal_check), nprocs=world)
+    mp.spawn(_world, (world, str(tmp_path / "meet"), str(tmp_path), checks), nprocs=world)
     _, plain = heads()
-    options = dataclasses.replace(OPTIONS, normal_check=normal_check)
+    options = dataclasses.replace(OPTIONS, normal_check=checks, mask_duplicates=checks)
     ranks = [rank_inputs(100 + rank, 3, 2, 6) for rank in range(world)]
     for data in ranks:
         for name in ("image_global", "image_tokens", "items"):

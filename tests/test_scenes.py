@@ -104,27 +104,39 @@ def test_seed_split_level_and_index_each_change_the_scene():
 
 
 GOLDEN_ITEMS = {
-    "easy": ["a small red six", "a large red five"],
+    "easy": [
+        "a large orange eight",
+        "a large yellow two",
+        "a large white zero",
+    ],
+    "lattice": [
+        "a large magenta five",
+        "a large white two",
+        "a large red six",
+    ],
     "standard": [
-        "a small blue three",
-        "a small green three",
-        "a large blue one",
-        "a small yellow nine",
-        "a small magenta four",
+        "a large magenta six",
+        "a large green six",
+        "a large magenta seven",
+        "a small orange six",
+        "a large magenta nine",
+        "a large green zero",
     ],
     "crowded": [
-        "a small green eight",
-        "a small cyan zero",
-        "a small green seven",
+        "a large cyan two",
+        "a large orange four",
         "a small white seven",
-        "a small magenta seven",
+        "a small green six",
+        "a large red zero",
+        "a large cyan seven",
     ],
     "held_out": [
-        "a large cyan zero",
-        "a small blue three",
-        "a large orange five",
-        "a large white six",
-        "a small green zero",
+        "a small magenta eight",
+        "a large magenta two",
+        "a small red four",
+        "a large magenta six",
+        "a large cyan six",
+        "a large white three",
     ],
 }
 
@@ -375,7 +387,7 @@ def test_other_image_sizes_work():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"level": "hard"}, "unknown scene level 'hard'; expected one of easy, standard, crowded, held_out"),
+        ({"level": "hard"}, "unknown scene level 'hard'; expected one of easy, lattice, standard, crowded, held_out"),
         ({"split": "val"}, "split='val'; expected one of train, valid, test"),
         ({"num_scenes": 0}, "num_scenes=0; expected at least 1"),
         ({"seed": -1}, "seed=-1; expected at least 0"),
@@ -423,3 +435,10 @@ def test_a_level_too_full_says_what_to_change():
 def test_index_outside_the_dataset(index):
     with pytest.raises(IndexError, match=f"scene {index}; expected 0 … 4"):
         ScenesDataset(split="train", num_scenes=5)[index]
+
+
+def test_lattice_digits_begin_on_patch_borders():
+    dataset = ScenesDataset(split="train", num_scenes=40, level="lattice")
+    corners = [(p.top_px - 1, p.left_px - 1) for n in range(40) for p in dataset.scene(n).placements]
+    assert len(set(corners)) > 20
+    assert all(top % 8 == 0 and left % 8 == 0 for top, left in corners)

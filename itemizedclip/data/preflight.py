@@ -132,5 +132,5 @@ def duplicate_warning(batch: ItemBatch, *, normal_check: bool) -> str | None:
         return None
     return (
         f"{duplicates} of {total} items of the first batch have a text that another image has too; such pairs are "
-        "trained as negatives although they match. More specific items, or fewer images per batch, reduce this"
+        "trained as negatives although they match. --mask-duplicates leaves such pairs out"
     )

@@ -28,34 +28,13 @@ class SharedProjection(nn.Module):
         return x @ self.proj
 
 
-def convolution_stem(patch_size: int, width: int) -> nn.Sequential:
-    """Stride-2 3×3 convolutions in place of one patch-sized one (Xiao et al., 2021, early convolutions).
-
-    A ViT of a few layers trained for minutes then learns shapes that lie across patch borders; the published model
-    does not have it.
-
-    Raises:
-        ValueError: a patch size that is no power of two from 4.
-    """
-    depth = patch_size.bit_length() - 1
-    if patch_size != 2**depth or depth < 2:
-        raise ValueError(f"vision_cfg.conv_stem needs a patch_size of 4, 8, 16 or 32, got {patch_size}")
-    layers: list[nn.Module] = []
-    channels = 3
-    for step in range(depth):
-        out = max(width >> (depth - 1 - step), 16)
-        layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, out), nn.GELU()]
-        channels = out
-    return nn.Sequential(*layers, nn.Conv2d(channels, width, 1, bias=False))
-
-
 class ItemizedCLIP2D(DualEncoder):
     """ViT and CLIP text transformer joined by item-conditioned attention.
 
     Args:
-        config: `embed_dim`, open_clip's `vision_cfg` (image_size, patch_size, width, layers, head_width, and our
-            `conv_stem`) and `text_cfg` (context_length, vocab_size, width, heads, layers), optional `head_heads`,
-            `init_logit_scale`, `init_logit_bias`. Unknown keys raise TypeError.
+        config: `embed_dim`, open_clip's `vision_cfg` (image_size, patch_size, width, layers, head_width) and `text_cfg`
+            (context_length, vocab_size, width, heads, layers), optional `head_heads`, `init_logit_scale`,
+            `init_logit_bias`. Unknown keys raise TypeError.
     """
 
     head_name = "visual_proj"
@@ -63,15 +42,12 @@ class ItemizedCLIP2D(DualEncoder):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
         embed_dim = config["embed_dim"]
-        own_keys = ("tower", "output_tokens", "conv_stem")
-        vision = CLIPVisionCfg(**{k: v for k, v in config["vision_cfg"].items() if k not in own_keys})
+        vision = CLIPVisionCfg(**{k: v for k, v in config["vision_cfg"].items() if k not in ("tower", "output_tokens")})
         text = CLIPTextCfg(**config["text_cfg"])
         vision.output_tokens = True
         self.visual = _build_vision_tower(embed_dim, vision)
         # Class and patch tokens share one matrix outside the tower.
         self.visual.proj = None
-        if config["vision_cfg"].get("conv_stem", False):
-            self.visual.conv1 = convolution_stem(config["vision_cfg"]["patch_size"], vision.width)
         tower = _build_text_tower(embed_dim, text)
         self.transformer = tower.transformer
         self.token_embedding = tower.token_embedding

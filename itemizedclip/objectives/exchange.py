@@ -27,6 +27,7 @@ class RemoteItems:
         is_normal_B: bool (B,).
         index_BT: int64 (B, T), rows of `features_ND`; row i meets this rank's image i.
         weights_BT: float (B, T), the remote mask: own slots their item mask, negatives 1.
+        item_ids_N: int64 (B·K,), numbers of the item texts; None when the sender has none.
     """
 
     features_ND: Tensor
@@ -34,6 +35,7 @@ class RemoteItems:
     is_normal_B: Tensor
     index_BT: Tensor
     weights_BT: Tensor
+    item_ids_N: Tensor | None = None
 
 
 class _GatherWithGradient(torch.autograd.Function):
@@ -58,7 +60,11 @@ def num_ranks() -> int:
 
 
 def gather_items(
-    item_features_ND: Tensor, item_mask_BK: Tensor, is_normal_B: Tensor, pairing: Pairing
+    item_features_ND: Tensor,
+    item_mask_BK: Tensor,
+    is_normal_B: Tensor,
+    pairing: Pairing,
+    item_ids_N: Tensor | None = None,
 ) -> list[RemoteItems]:
     """Every other rank's items, in order of rank; an empty list with one rank or no process group.
 
@@ -68,17 +74,21 @@ def gather_items(
         return []
     K = item_mask_BK.shape[1]
     features = _GatherWithGradient.apply(item_features_ND.float())
-    packed = torch.cat([item_mask_BK.long(), is_normal_B.long()[:, None], pairing.index_BT], dim=1)
+    T = pairing.index_BT.shape[1]
+    columns = [item_mask_BK.long(), is_normal_B.long()[:, None], pairing.index_BT]
+    if item_ids_N is not None:
+        columns.append(item_ids_N.view(-1, K))
+    packed = torch.cat(columns, dim=1)
     tables = [torch.empty_like(packed) for _ in range(num_ranks())]
     dist.all_gather(tables, packed)
     remotes = []
     for rank, table in enumerate(tables):
         if rank == dist.get_rank():
             continue
-        mask, normal, index = table[:, :K], table[:, K].bool(), table[:, K + 1 :]
+        mask, normal, index = table[:, :K], table[:, K].bool(), table[:, K + 1 : K + 1 + T]
+        ids = None if item_ids_N is None else table[:, K + 1 + T :].flatten()
         # The weights follow from mask and index, so they need not travel.
         has_item = (mask.sum(1) > 0).float()
-        columns = pairing.own_columns_BK
-        weights = has_item[index // K].scatter(1, columns, mask.float())
-        remotes.append(RemoteItems(features[rank], mask.bool(), normal, index, weights))
+        weights = has_item[index // K].scatter(1, pairing.own_columns_BK, mask.float())
+        remotes.append(RemoteItems(features[rank], mask.bool(), normal, index, weights, ids))
     return remotes

@@ -16,6 +16,7 @@ from itemizedclip.objectives.exchange import RemoteItems, gather_items
 from itemizedclip.objectives.pairing import Pairing, build_pairing, sample_pairing
 from itemizedclip.objectives.terms import (
     cosine_logits,
+    drop_duplicates,
     drop_normal_pairs,
     pair_loss,
     separation_loss,
@@ -53,6 +54,9 @@ class ObjectiveOptions:
     normal_check: bool = False
     """Negative pairs between two normal studies carry no loss (radiology)."""
 
+    mask_duplicates: bool = False
+    """A negative whose text reads like one of the image's own items carries no loss (not in the paper)."""
+
     def __post_init__(self) -> None:
         for name in ("ila_weight", "kta_weight", "mps_weight", "iis_weight"):
             if getattr(self, name) < 0:
@@ -81,6 +85,7 @@ class LossInputs:
         item_features_ND: (B·K, D), item k of image i in row i·K + k.
         item_mask_BK: bool (B, K), True = real item.
         is_normal_B: bool (B,).
+        item_ids_N: int64 (B·K,), numbers of the item texts (`text_ids`); needed for `mask_duplicates` alone.
     """
 
     image_global_BD: Tensor
@@ -88,6 +93,7 @@ class LossInputs:
     item_features_ND: Tensor
     item_mask_BK: Tensor
     is_normal_B: Tensor
+    item_ids_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         B, K = self.item_mask_BK.shape
@@ -128,7 +134,9 @@ def itemized_losses(
     """
     mask = inputs.item_mask_BK
     pairing = sample_pairing(mask) if index_BT is None else build_pairing(index_BT, mask)
-    remotes = gather_items(inputs.item_features_ND, mask, inputs.is_normal_B, pairing)
+    if options.mask_duplicates and inputs.item_ids_N is None:
+        raise ValueError("mask_duplicates needs item_ids_N, the numbers of the item texts")
+    remotes = gather_items(inputs.item_features_ND, mask, inputs.is_normal_B, pairing, inputs.item_ids_N)
     terms = _Terms(head, inputs, logit_scale, logit_bias, options, keep_mask_BHTL)
     losses = terms.own(pairing)
     for remote in remotes:
@@ -172,6 +180,7 @@ class _Terms:
         if options.normal_check:
             normal = inputs.is_normal_B
             weights = drop_normal_pairs(weights, normal[:, None], normal[pairing.owner_BT], is_own_BT)
+        weights = self._drop_duplicates(weights, inputs.item_ids_N, pairing.index_BT, is_own_BT)
         losses: dict[str, Tensor] = {}
         if self.needs_local:
             columns = pairing.own_columns_BK
@@ -188,11 +197,13 @@ class _Terms:
                 own_pooled = pooled.gather(1, columns[:, :, None].expand(-1, -1, pooled.shape[-1]))
                 own_items = inputs.item_features_ND.view(B, 1, K, -1)
                 separation = cosine_logits(own_pooled[:, :, None], own_items, self.scale, self.bias)
-                losses["iis"] = separation_loss(separation, inputs.item_mask_BK) / (B * K)
+                ids = inputs.item_ids_N if options.mask_duplicates else None
+                ids_BK = None if ids is None else ids.view(B, K)
+                losses["iis"] = separation_loss(separation, inputs.item_mask_BK, ids_BK) / (B * K)
         if options.mps_weight:
             same_image = torch.eye(B, dtype=torch.bool, device=weights.device).repeat_interleave(K, dim=1)
             losses["mps"] = self._global(
-                inputs.item_features_ND, inputs.item_mask_BK, inputs.is_normal_B, same_image
+                inputs.item_features_ND, inputs.item_mask_BK, inputs.is_normal_B, inputs.item_ids_N, same_image
             )
         return losses
 
@@ -208,6 +219,8 @@ class _Terms:
                 item_is_normal = remote.is_normal_B[remote.index_BT // K]
                 nothing_own = torch.zeros_like(item_is_normal)
                 weights = drop_normal_pairs(weights, self.inputs.is_normal_B[:, None], item_is_normal, nothing_own)
+            nothing_own = torch.zeros_like(remote.index_BT, dtype=torch.bool)
+            weights = self._drop_duplicates(weights, remote.item_ids_N, remote.index_BT, nothing_own)
             _, key_pooled, logits = self._local(items_BTD)
             losses["ila"] = pair_loss(logits, -1.0, weights) / B
             if key_pooled is not None:
@@ -215,8 +228,18 @@ class _Terms:
                 losses["kta"] = pair_loss(key_logits, -1.0, weights) / B
         if options.mps_weight:
             nothing_own = torch.zeros(B, B * K, dtype=torch.bool, device=remote.index_BT.device)
-            losses["mps"] = self._global(remote.features_ND, remote.item_mask_BK, remote.is_normal_B, nothing_own)
+            losses["mps"] = self._global(
+                remote.features_ND, remote.item_mask_BK, remote.is_normal_B, remote.item_ids_N, nothing_own
+            )
         return losses
+
+    def _drop_duplicates(self, weights: Tensor, ids_N: Tensor | None, index: Tensor, is_own: Tensor) -> Tensor:
+        """`drop_duplicates` for the items `index` of a table numbered `ids_N`, when it is switched on."""
+        own_ids = self.inputs.item_ids_N
+        if not self.options.mask_duplicates or ids_N is None or own_ids is None:
+            return weights
+        mask = self.inputs.item_mask_BK
+        return drop_duplicates(weights, ids_N[index], own_ids.view_as(mask), mask, is_own)
 
     def _local(self, items_BTD: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Pooled embeddings, key-token embeddings and ILA logits of one set of queries."""
@@ -226,7 +249,14 @@ class _Terms:
         )
         return pooled, key_pooled, cosine_logits(pooled, items_BTD, self.scale, self.bias)
 
-    def _global(self, items_ND: Tensor, mask_BK: Tensor, item_is_normal_B: Tensor, same_image_BN: Tensor) -> Tensor:
+    def _global(
+        self,
+        items_ND: Tensor,
+        mask_BK: Tensor,
+        item_is_normal_B: Tensor,
+        item_ids_N: Tensor | None,
+        same_image_BN: Tensor,
+    ) -> Tensor:
         """MPS: the global feature of every image against every item of one rank."""
         B, K = mask_BK.shape
         image = torch.nn.functional.normalize(self.inputs.image_global_BD.float(), dim=-1)
@@ -238,4 +268,6 @@ class _Terms:
         if self.options.normal_check:
             item_is_normal = item_is_normal_B.repeat_interleave(K)[None]
             weights = drop_normal_pairs(weights, self.inputs.is_normal_B[:, None], item_is_normal, same_image_BN)
+        every_item = torch.arange(B * K, device=logits.device)[None]
+        weights = self._drop_duplicates(weights, item_ids_N, every_item, same_image_BN)
         return pair_loss(logits, 2.0 * same_image_BN - 1.0, weights) / (B * K)

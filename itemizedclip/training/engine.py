@@ -383,6 +383,8 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def _warn_of_duplicates(run: Run, batch: ItemBatch) -> None:
+    if run.options.objective.mask_duplicates:
+        return
     message = duplicate_warning(batch, normal_check=run.options.objective.normal_check)
     if message and run.ranks.is_main:
         logger.warning(message)

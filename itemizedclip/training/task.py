@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from itemizedclip.data.batch import ItemBatch
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions, itemized_losses
+from itemizedclip.objectives.terms import text_ids
 
 Parts = Sequence[nn.Module | nn.Parameter]
 
@@ -86,6 +87,7 @@ class ItemizedTask(nn.Module):
             item_features_ND=torch.cat(texts).float(),
             item_mask_BK=batch.item_mask,
             is_normal_B=batch.is_normal,
+            item_ids_N=text_ids(batch.item_tokens.flatten(0, 1)) if self.objective.mask_duplicates else None,
         )
         scale = self.model.logit_scale.float().exp()
         bias = self.model.logit_bias.float()
