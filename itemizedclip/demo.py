@@ -135,7 +135,10 @@ def scene_evaluators(test: ScenesDataset, tokenizer: Tokenizer) -> list[Any]:
         MultiLabelEvaluator(
             test, tokenizer, zero_shot_prompts(test.level.name), class_labels(test), name="zero_shot", encoding=encoding
         ),
-        RetrievalEvaluator(test, tokenizer, name="retrieval", encoding=encoding),
+        # Two scenes may both show "a small red seven": neither is wrong for the other.
+        RetrievalEvaluator(
+            test, tokenizer, name="retrieval", equal_texts_are_rivals=False, encoding=encoding
+        ),
         # A map's peak is known to a patch: half of one (4 px) around the item's pen strokes still counts.
         ExplainEvaluator(test, tokenizer, name="explain", tolerance_px=PATCH_PX / 2, encoding=encoding),
     ]

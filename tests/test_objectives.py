@@ -43,7 +43,12 @@ def rank_inputs(seed: int, B: int, K: int, L: int, *, keep_rate: float = 1.0) ->
 def ours(head, data: dict, options: ObjectiveOptions, scale=14.0, bias=-10.0, **overrides):
     data = data | overrides
     inputs = LossInputs(
-        data["image_global"], data["image_tokens"], data["items"].flatten(0, 1), data["mask"], data["normal"], data["ids"].flatten()
+        data["image_global"],
+        data["image_tokens"],
+        data["items"].flatten(0, 1),
+        data["mask"],
+        data["normal"],
+        data["ids"].flatten(),
     )
     return itemized_losses(
         head, inputs, torch.as_tensor(scale), torch.as_tensor(bias), options,

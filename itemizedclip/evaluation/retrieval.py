@@ -49,8 +49,8 @@ class RetrievalEvaluator:
         name: prefix for logs.
         scoring: "tcsim", or "global" for the cosine of global features.
         normalise_tokens: see `TcsimScorer`; published retrieval does not.
-        equal_texts_are_rivals: whether a text that reads like one of the image's own, but belongs to another image, is a
-            wrong answer (as published). False leaves such pairs out of the ranking; right where items repeat by
+        equal_texts_are_rivals: whether a text that reads like one of the image's own, but belongs to another image,
+            is a wrong answer (as published). False leaves such pairs out of the ranking; right where items repeat by
             design, as in the itemized scenes.
         encoding: batch sizes, workers, precision of the towers.
         score_dtype: precision of scoring.
