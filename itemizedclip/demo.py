@@ -59,7 +59,7 @@ class ScenesData:
     level: str = "lattice"
     """Difficulty: lattice, easy, standard, crowded, or held_out (a fifth of the pairs never in training)."""
 
-    num_train: int = 14400
+    num_train: int = 12480
     """Training scenes."""
 
     num_test: int = 500
