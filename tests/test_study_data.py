@@ -51,7 +51,7 @@ def write_studies(root: Path, studies=STUDIES, *, split: str = "train", level: s
 
 
 def open_dataset(root: Path, json_path: Path, **changes) -> StudyDataset:
-    options = dict(is_train=True, num_items=2, seed=0, num_series=5, volume_size=SIZE)
+    options = {"is_train": True, "num_items": 2, "seed": 0, "num_series": 5, "volume_size": SIZE}
     return StudyDataset(data_root=root, json_path=json_path, **(options | changes))
 
 
@@ -221,8 +221,9 @@ def test_files_from_flags_and_environment(tmp_path, monkeypatch):
     (tmp_path / "json").mkdir()
     for name in ("train", "val"):
         (tmp_path / "json" / f"{name}.json").write_text("{}")
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    monkeypatch.delenv("JSON_ROOT", raising=False)
     with pytest.raises(ValueError, match="DATA_ROOT"):
-        monkeypatch.delenv("DATA_ROOT", raising=False)
         find_study_files()
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"train\.json"):

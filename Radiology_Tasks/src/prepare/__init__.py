@@ -1,0 +1,1 @@
+"""Preparation of radiology data: official files → the files that training and evaluation read."""
