@@ -269,6 +269,8 @@ def test_command_line(tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
         "cq500", "ct", "ct_rate", "mri", "pub_brain_5", "rad_chestct", "rsna",
     ]  # fmt: skip
+    assert main(["--root", str(tmp_path / "c"), *arguments]) == 2
+    assert "is not empty; give a new folder" in capsys.readouterr().err
     assert main(["--root", str(tmp_path / "d"), "--num-train", "0"]) == 2
     assert capsys.readouterr().err == "error: --num-train is 0; expected at least 1\n"
     with pytest.raises(FileNotFoundError, match=r"findings\.json"):

@@ -272,7 +272,7 @@ def _fracture(canvas: Canvas, side: int) -> Paint:
     """A gap in the skull and a fragment pushed inwards."""
     at = canvas.uniform(-0.4, 0.4)
     cz, cy, cx = canvas.uniform(-0.3, 0.3), 0.6 * at, side * 0.48 * np.sqrt(1 - at**2)
-    fragment = canvas.ball((cz, cy, cx), (0.6, 0.18, 0.18)) & canvas.tissue["brain"]
+    fragment = canvas.ball((cz, cy, cx), (0.6, 0.24, 0.22)) & canvas.tissue["brain"]
     gap = canvas.ball((cz, cy * 1.5, cx * 1.6), (0.6, 0.14, 0.25)) & canvas.tissue["skull"]
     return np.where(fragment, np.float32(1.0), paint(gap, 0.02))
 
