@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from itemizedclip.models import factory
 from itemizedclip.models.factory import (
     CheckpointError,
     create_model,
@@ -199,3 +200,16 @@ def test_tokens_are_clip_bpe_and_long_texts_keep_their_end():
     assert tokens[0].tolist()[:5] == [49406, 320, 2368, 49407, 0]
     assert tokens[1, -1] == 49407
     assert tokenizer.is_truncated(tokens).tolist() == [False, True]
+
+
+def test_a_wing_without_its_packages_stands_in_nobodys_way(monkeypatch):
+    """The base install has no transformers: 2D models work, and asking for a study model names the extra."""
+
+    def broken() -> type:
+        raise ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers")
+
+    monkeypatch.setattr(factory, "_families", lambda: {"vit": lambda: factory.ItemizedCLIP2D, "hlip": broken})
+    assert create_model("ViT-scenes-ItemizedCLIP").config["name"] == "ViT-scenes-ItemizedCLIP"
+    assert list_models() == ["ViT-B-16-ItemizedCLIP", "ViT-scenes-ItemizedCLIP"]
+    with pytest.raises(ValueError, match=r"tokenizers: pip install -e '.\[radiology\]'"):
+        create_model(TINY | {"vision_cfg": {"tower": "hlip"}})

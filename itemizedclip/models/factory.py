@@ -48,10 +48,12 @@ def _families() -> dict[str, Callable[[], type[DualEncoder]]]:
 
 def _config_files() -> dict[str, Path]:
     folders = [CONFIG_FOLDER]
-    for name, load in _families().items():
-        if name != "vit":
+    for load in _families().values():
+        try:
             folder = getattr(load(), "config_folder", None)
-            folders += [Path(folder)] if folder else []
+        except ModuleNotFoundError:
+            continue  # a wing whose optional dependencies are not installed offers no models
+        folders += [Path(folder)] if folder else []
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
 
 
@@ -66,9 +68,11 @@ def load_model_config(name_or_path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: unknown name (lists the known ones) or a file that is not a config.
     """
-    files = _config_files()
-    path = files.get(str(name_or_path))
-    if path is None:
+    path = CONFIG_FOLDER / f"{name_or_path}.json"
+    if not path.is_file():
+        files = _config_files()
+        path = files.get(str(name_or_path), path)
+    if not path.is_file():
         path = Path(name_or_path)
         if not path.is_file():
             near = difflib.get_close_matches(str(name_or_path), files, n=1)
@@ -96,7 +100,12 @@ def _family(config: Mapping[str, Any]) -> type[DualEncoder]:
             f"vision_cfg.tower is {name!r}; installed families: {', '.join(sorted(families))}. "
             "Run `pip install -e .` in the project so that the wings register theirs."
         )
-    return families[name]()
+    try:
+        return families[name]()
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"models with vision_cfg.tower {name!r} need the package {error.name}: pip install -e '.[radiology]'"
+        ) from error
 
 
 def create_model(config: str | Mapping[str, Any]) -> DualEncoder:
