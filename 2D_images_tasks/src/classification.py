@@ -2,7 +2,7 @@
 """30-class zero-shot classification of RSICD's test split.
 
     python 2D_images_tasks/src/classification.py --resume epoch_100.pt --rsicd-data-dir DIR
-    torchrun --nproc_per_node 2 2D_images_tasks/src/classification.py …          the same numbers
+    torchrun --nproc_per_node 2 -- 2D_images_tasks/src/classification.py …          the same numbers
 
 `inference_rsicd_classification.sh` is the same with its paths in environment variables. Every class has two prompts,
 "there is {class}" and "the {class}", averaged; scored by TCSim and by global features (plain CLIP).
