@@ -1,0 +1,182 @@
+"""What a viewer opens: one image or study, as the model takes it and as people look at it.
+
+A photograph is one view, a study is one view per series. Every view knows how the model's input was made of it, so that
+attention can be carried back to its own pixels or voxels (`itemizedclip.viewer.maps.map_to_input`).
+
+Model families outside the core register how their inputs are read under the entry-point group `itemizedclip.inputs`:
+value of `vision_cfg.tower` → function (source, loaded) → ModelInput.
+
+Axes: T items, S series, D H W slices, rows and columns of a view, in its own voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from itemizedclip.data.batch import BadSampleError, ItemCollator, ItemSample
+from itemizedclip.models.factory import LoadedModel, create_transform
+from itemizedclip.viewer.maps import Geometry, ItemMaps, geometry_of_transform, item_maps
+
+ENTRY_POINT_GROUP = "itemizedclip.inputs"
+
+Unit = Literal["rgb", "grey", "hu"]
+"""What the values of a view are: colours, grey values 0 … 255, or Hounsfield units."""
+
+
+@dataclass(frozen=True)
+class InputView:
+    """One picture, or one series of a study, at its own size.
+
+    Attributes:
+        name: file name, or series name.
+        values: uint8 (H, W, 3) colours, uint8 (D, H, W) grey values, or int16 (D, H, W) HU.
+        unit: which of the three.
+        geometry: how the model's view was made from these pixels or voxels; its view size is what the tokens cover.
+        spacing_mm: between voxel centres along (D, H, W), mm; None when the file does not say.
+        affine: float64 (4, 4), voxel (d, h, w) of `values` → world, mm, RAS+ as in NIfTI; None when the file does not
+            say.
+    """
+
+    name: str
+    values: np.ndarray
+    unit: Unit
+    geometry: Geometry
+    spacing_mm: tuple[float, float, float] | None = None
+    affine: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One image or study.
+
+    Attributes:
+        name: file name, or study id.
+        image: what `encode_image` takes, without the batch axis: (3, H, W), or (S, 1, D, H, W).
+        views: one for a photograph; of a study one per series, in the order of the image's S axis.
+        series_names: int64 (S, 110), or None.
+        items: texts known to belong to it, such as a report's; may be empty.
+        notes: what was decided while reading, for people.
+    """
+
+    name: str
+    image: Tensor
+    views: list[InputView]
+    series_names: Tensor | None = None
+    items: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where each of T items looks in one image or study.
+
+    Attributes:
+        source: the image or study.
+        items: T texts.
+        maps: attention of all items over the whole token grid, and scores.
+    """
+
+    source: ModelInput
+    items: list[str]
+    maps: ItemMaps
+
+    def times_uniform(self, view: int) -> Tensor:
+        """Attention in one view, (T, h, w) or (T, d, h, w), in multiples of an even spread over the whole input."""
+        everywhere = self.maps.times_uniform()
+        return everywhere if len(self.maps.grid) == 2 else everywhere[:, view]
+
+    def share_of_views(self) -> Tensor:
+        """(T, S): how much of its attention each item spends on each view; with the share of nowhere they sum to 1."""
+        weights = self.maps.weights
+        return weights.flatten(1).sum(1, keepdim=True) if len(self.maps.grid) == 2 else weights.flatten(2).sum(2)
+
+
+def open_input(source: str | Path, loaded: LoadedModel) -> ModelInput:
+    """Read one image or study for a model.
+
+    Args:
+        source: an image file, or what the model's family reads (a study folder, a scan).
+        loaded: the model with its config.
+
+    Raises:
+        BadSampleError: a file that is missing or cannot be read; names it, what was expected and what to do.
+        ValueError: a model family that does not say how its inputs are read.
+    """
+    tower = loaded.config["vision_cfg"].get("tower", "vit")
+    if tower == "vit":
+        return open_photograph(Path(source).expanduser(), loaded)
+    readers: dict[str, Callable[[Path, LoadedModel], ModelInput]] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name == tower:
+            try:
+                readers[point.name] = point.load()
+            except ModuleNotFoundError as error:
+                raise ValueError(
+                    f"inputs of models with vision_cfg.tower {tower!r} need the package {error.name}: "
+                    "pip install -e '.[radiology]'"
+                ) from error
+    if tower not in readers:
+        raise ValueError(
+            f"no reader for inputs of models with vision_cfg.tower {tower!r}; run `pip install -e .` in the project so "
+            "that the wings register theirs"
+        )
+    return readers[tower](Path(source).expanduser(), loaded)
+
+
+def open_photograph(path: Path, loaded: LoadedModel) -> ModelInput:
+    """One image file.
+
+    Raises:
+        BadSampleError: no such file, or no image.
+    """
+    if not path.is_file():
+        raise BadSampleError(f"{path}: no such file; expected an image (JPEG, PNG, …)")
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise BadSampleError(f"{path}: not a readable image ({error}); save it as JPEG or PNG") from error
+    return photograph_input(path.name, picture, loaded)
+
+
+def photograph_input(name: str, picture: Image.Image, loaded: LoadedModel, items: Sequence[str] = ()) -> ModelInput:
+    """An RGB picture as input of a 2D model."""
+    transform = create_transform(loaded.config, is_train=False)
+    geometry = geometry_of_transform(transform, (picture.height, picture.width))
+    # What is left over at the right and the bottom when patches do not divide the view is not seen.
+    patch = loaded.config["vision_cfg"]["patch_size"]
+    geometry = geometry.crop((0, 0), [size // patch * patch for size in geometry.view_size])
+    view = InputView(name, np.asarray(picture), "rgb", geometry)
+    return ModelInput(name, transform(picture), [view], items=list(items))
+
+
+def explain_input(
+    loaded: LoadedModel, source: ModelInput, items: Sequence[str], *, normalise_tokens: bool = False
+) -> Explanation:
+    """Where each text looks in an image or study.
+
+    Args:
+        loaded: the model, in evaluation mode.
+        source: the image or study.
+        items: T texts, at least one.
+        normalise_tokens: see `itemizedclip.viewer.maps.item_maps`.
+
+    Raises:
+        ValueError: no text.
+    """
+    if not items:
+        raise ValueError("no text to look for; give at least one item")
+    sample = ItemSample(source.name, source.image, list(items), series_names=source.series_names)
+    batch = ItemCollator(loaded.tokenizer)([sample])
+    with torch.no_grad():
+        maps = item_maps(loaded.model, batch, normalise_tokens=normalise_tokens)[0]
+    return Explanation(source, list(items), maps)
