@@ -11,15 +11,15 @@ Axes: T items, S series, D H W slices, rows and columns of a view, in its own vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError, ItemCollator, ItemSample
@@ -138,25 +138,40 @@ def open_photograph(path: Path, loaded: LoadedModel) -> ModelInput:
     Raises:
         BadSampleError: no such file, or no image.
     """
+    return photograph_input(path.name, read_photograph(path), loaded)
+
+
+def read_photograph(path: Path) -> Image.Image:
+    """RGB picture of an image file, decoded to the end, turned upright as its EXIF note asks.
+
+    Raises:
+        BadSampleError: no such file, or no image.
+    """
     if not path.is_file():
         raise BadSampleError(f"{path}: no such file; expected an image (JPEG, PNG, …)")
     try:
         with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many types for damaged data
         raise BadSampleError(f"{path}: not a readable image ({error}); save it as JPEG or PNG") from error
-    return photograph_input(path.name, picture, loaded)
 
 
 def photograph_input(name: str, picture: Image.Image, loaded: LoadedModel, items: Sequence[str] = ()) -> ModelInput:
     """An RGB picture as input of a 2D model."""
     transform = create_transform(loaded.config, is_train=False)
-    geometry = geometry_of_transform(transform, (picture.height, picture.width))
-    # What is left over at the right and the bottom when patches do not divide the view is not seen.
-    patch = loaded.config["vision_cfg"]["patch_size"]
-    geometry = geometry.crop((0, 0), [size // patch * patch for size in geometry.view_size])
+    geometry = photograph_geometry(loaded.config, transform, (picture.height, picture.width))
     view = InputView(name, np.asarray(picture), "rgb", geometry)
     return ModelInput(name, transform(picture), [view], items=list(items))
+
+
+def photograph_geometry(
+    config: Mapping[str, Any], transform: Callable[..., Tensor], size: tuple[int, int]
+) -> Geometry:
+    """The way from a picture of `size` (H, W) through the evaluation transform of a 2D model to its patches."""
+    geometry = geometry_of_transform(transform, size)
+    # What is left over at the right and the bottom when patches do not divide the view is not seen.
+    patch = config["vision_cfg"]["patch_size"]
+    return geometry.crop((0, 0), [length // patch * patch for length in geometry.view_size])
 
 
 def explain_input(
