@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from open_mri import zero_shot
 from open_mri.cohort import write_head_ct_benchmarks, write_pub_brain_5, write_studies
 from open_mri.series_names import encode_series_names
-from open_mri_test import zero_shot, zero_shot_cq500, zero_shot_pub_brain_5, zero_shot_rsna
-from open_mri_test.zero_shot import plan_batches
+from open_mri.training import build_model
+from open_mri.zero_shot import plan_batches
+from open_mri_test import zero_shot_cq500, zero_shot_pub_brain_5, zero_shot_rsna
 from open_mri_test.zero_shot_pub_brain_5 import task_measures
 from open_mri_train import main as training
 from open_mri_train.recipes import RECIPES
@@ -172,7 +174,7 @@ def test_initial_weights_of_every_part(cohort, trained, tmp_path):
         [*SMALL, "--text-model", str(bert), "--image-weights", str(tmp_path / "mae.pth"),
          "--series-name-weights", str(trained)],
     )  # fmt: skip
-    model = training.build_model(options)
+    model = build_model(options, options.data.volume_size)
     own, saved = model.state_dict(), torch.load(trained, weights_only=True)["state_dict"]
     assert torch.equal(own["visual.trunk.blocks.2.attn.qkv.weight"], mae.state_dict()["blocks.2.attn.qkv.weight"])
     name = "visual.trunk.serienameencoder.embed.weight"

@@ -134,7 +134,7 @@ def test_pub_brain_studies(tmp_path, prefix):
     assert benchmark.prompts == ("Study is unremarkable", "Acute stroke", "Glioma", "Meningioma", "Metastasis")
     loaded = benchmark.load(0, size=(4, 7, 7))
     assert loaded.image.shape == (2, 1, 4, 7, 7)
-    assert benchmark.grey_range is None
+    assert benchmark.reader.facts() == {"prepare": "resample", "grey_range": None}
 
 
 def test_pub_brain_published_protocol_divides_by_255(tmp_path):

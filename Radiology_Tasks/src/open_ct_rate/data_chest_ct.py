@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -363,7 +363,7 @@ def warm_cache(dataset: ChestCTDataset, indices: Sequence[int]) -> int:
             try:
                 if not source.is_file():
                     raise BadSampleError(f"{source}: no such file; expected a chest CT volume in HU")
-                dataset.cache.open(name, source, lambda path=source: read_hu(path, dataset.options))
+                dataset.cache.open(name, source, partial(read_hu, source, dataset.options))
             except BadSampleError as error:
                 failed += 1
                 dataset.skipped_recons.add(index, position, f"scan {entry['study']}: {error}")

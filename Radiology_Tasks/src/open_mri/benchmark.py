@@ -6,23 +6,55 @@ Axes: N studies, C classes.
 from __future__ import annotations
 
 import logging
+import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
+from itemizedclip.evaluation.report import Protocol
 from open_mri.label_table import LabelTable
 from open_mri.studies import LoadedStudy, Preparation, Study, load_study
 from open_mri.volumes import BRAIN_SIZE, GreyRange, Size
 
 logger = logging.getLogger(__name__)
 
-Protocol = Literal["corrected", "published"]
-"""corrected: known defects of the published evaluation repaired. published: reproduced, to compare with its numbers."""
-
 _MAX_LISTED = 5
+
+
+class StudyReader(typing.Protocol):
+    """How the files of a study become what the model takes."""
+
+    def read(self, study: Study, size: Size) -> LoadedStudy:
+        """The series of one study, every one once, in order; raises BadSampleError when none can be used."""
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data that scores depend on."""
+
+
+@dataclass(frozen=True)
+class BrainReader:
+    """Brain MRI and head CT.
+
+    Attributes:
+        prepare: how files become volumes.
+        grey_range: forced range of grey values; None detects it.
+    """
+
+    prepare: Preparation = "crop"
+    grey_range: GreyRange | None = None
+
+    def read(self, study: Study, size: Size) -> LoadedStudy:
+        """See `StudyReader`."""
+        return load_study(
+            study.study_id, study.series, size=size, prepare=self.prepare, grey_range=self.grey_range
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """See `StudyReader`."""
+        return asdict(self)
 
 
 @dataclass
@@ -31,7 +63,7 @@ class Benchmark:
 
     Attributes:
         name: for result files.
-        protocol: see `Protocol`.
+        protocol: see `itemizedclip.evaluation.report.Protocol`.
         studies: N studies found on disk, in the order of the label file.
         classes: C names of the scored findings.
         prompts: C texts, one per class.
@@ -42,8 +74,7 @@ class Benchmark:
         excluded: studies left out on purpose → why.
         unlisted: studies on disk without labels, not scored.
         notes: sentences about choices made, for the log and the result file.
-        prepare: how files become volumes.
-        grey_range: forced range of grey values; None detects it.
+        reader: how files become volumes.
     """
 
     name: str
@@ -58,8 +89,7 @@ class Benchmark:
     excluded: dict[str, str] = field(default_factory=dict)
     unlisted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    prepare: Preparation = "crop"
-    grey_range: GreyRange | None = None
+    reader: StudyReader = field(default_factory=BrainReader)
 
     def __len__(self) -> int:
         return len(self.studies)
@@ -70,10 +100,7 @@ class Benchmark:
         Raises:
             BadSampleError: none can be used.
         """
-        study = self.studies[index]
-        return load_study(
-            study.study_id, study.series, size=size, prepare=self.prepare, grey_range=self.grey_range
-        )
+        return self.reader.read(self.studies[index], size)
 
     def describe(self) -> str:
         """One paragraph for the log."""

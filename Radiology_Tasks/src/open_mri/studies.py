@@ -61,16 +61,16 @@ class LoadedStudy:
     Attributes:
         image: float32 (S, 1, D, H, W), normalised.
         names: S names; a repeated series repeats its name.
-        series_names: int64 (S, 110), `names` encoded.
+        series_names: int64 (S, 110), `names` encoded; None where the model takes none.
         sources: S files.
         voxel_maps: where the voxels of each series lie in its file.
-        grey_ranges: S ranges, as detected or given.
+        grey_ranges: S ranges, as detected or given; empty for HU.
         skipped: the series that could not be used, each with its message.
     """
 
     image: Tensor
     names: list[str]
-    series_names: Tensor
+    series_names: Tensor | None
     sources: list[Path]
     voxel_maps: list[VoxelMap]
     grey_ranges: list[GreyRange]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from open_mri.benchmark import Benchmark, Protocol, assemble, visible_entries
+from open_mri.benchmark import Benchmark, BrainReader, Protocol, assemble, visible_entries
 from open_mri.label_table import LabelTable, read_label_csv
 from open_mri.studies import SeriesFile, Study
 
@@ -135,8 +135,7 @@ def open_pub_brain_5(
         looked_in=folder,
     )
     benchmark.excluded = excluded
-    benchmark.prepare = "resample"
+    benchmark.reader = BrainReader("resample", grey_range="0-255" if protocol == "published" else None)
     if protocol == "published":
-        benchmark.grey_range = "0-255"
         benchmark.notes.append("published protocol: grey values read as 0…255 whatever they are")
     return benchmark

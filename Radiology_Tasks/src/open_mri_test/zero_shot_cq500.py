@@ -15,9 +15,9 @@ from typing import ClassVar
 
 import numpy as np
 from open_mri.benchmark import Benchmark
+from open_mri.zero_shot import Measures, ZeroShotOptions, find_labels, finding_measures, parse_and_evaluate
 
 from open_mri_test.head_ct import open_cq500
-from open_mri_test.zero_shot import Measures, ZeroShotOptions, find_labels, finding_measures, parse_and_evaluate
 
 DESCRIPTION = "Zero-shot detection of ten findings on CQ500: AUC of each and their mean."
 LABEL_FILES = ("CQ500.csv", "cq500.csv")

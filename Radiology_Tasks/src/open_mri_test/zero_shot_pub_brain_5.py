@@ -21,12 +21,12 @@ import numpy as np
 import torch
 import tyro
 from open_mri.benchmark import Benchmark
+from open_mri.zero_shot import Measures, ZeroShotOptions, find_labels, parse_and_evaluate
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 
 from open_mri_test.pub_brain_5 import TASKS, open_pub_brain_5
-from open_mri_test.zero_shot import Measures, ZeroShotOptions, find_labels, parse_and_evaluate
 
 DESCRIPTION = "Zero-shot classification on Pub-Brain-5: four diseases against normal, three tumours, five groups."
 

@@ -17,9 +17,9 @@ from typing import ClassVar
 
 import numpy as np
 from open_mri.benchmark import Benchmark
+from open_mri.zero_shot import Measures, ZeroShotOptions, find_labels, finding_measures, parse_and_evaluate
 
 from open_mri_test.head_ct import open_rsna, read_study_list
-from open_mri_test.zero_shot import Measures, ZeroShotOptions, find_labels, finding_measures, parse_and_evaluate
 
 DESCRIPTION = "Zero-shot detection of intracranial hemorrhage and four of its kinds on RSNA: AUC of each, mean."
 LABEL_FILES = ("RSNA.csv", "rsna.csv")

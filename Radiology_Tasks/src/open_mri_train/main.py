@@ -12,23 +12,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from open_mri.mae_init import mae_weights_file
-from open_mri.radiology_model import RadiologyItemizedCLIP, load_initial_weights
 from open_mri.reports import read_report_table
-from open_mri.text_tower import with_text_model
-from open_mri.volumes import GREY_MEAN, GREY_STD, Size, crop_series, read_volume
+from open_mri.training import UsableStudies, build_model, report_skipped, usable_rows, volume_transform
+from open_mri.volumes import Size, crop_series, read_volume
 
-from itemizedclip.collectives import gather_objects
-from itemizedclip.data.batch import BadSampleError, ItemCollator, ItemSample
-from itemizedclip.data.preflight import PreflightError
+from itemizedclip.data.batch import BadSampleError, ItemCollator
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
-from itemizedclip.models.factory import create_model, create_tokenizer, load_model_config
+from itemizedclip.models.factory import create_tokenizer
 from itemizedclip.training.distributed import Ranks, launch, on_main
 from itemizedclip.training.engine import TrainResult, reported_errors, train
 from itemizedclip.training.options import parse_run
@@ -40,79 +35,7 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "Train ItemizedCLIP on whole studies of brain MRI or head CT."
 
 
-# --- model -----------------------------------------------------------------------------------------------------------
-
-
-def model_config(options: StudyRun) -> dict[str, Any]:
-    """The config of --model with the text model and the volume size of the run.
-
-    Raises:
-        FileNotFoundError: a text model that is neither here nor to be had from the hub.
-        ValueError: no such model, or one for other images.
-    """
-    config = load_model_config(options.model.model)
-    if config["vision_cfg"].get("tower") != "hlip":
-        raise ValueError(f"--model {options.model.model} is no model of 3-D studies; for example HLIPSN_debug is one")
-    if options.data.volume_size is not None:
-        config["vision_cfg"] = {**config["vision_cfg"], "volume_size": list(options.data.volume_size)}
-    if options.initial.text_model is not None:
-        config = with_text_model(config, options.initial.text_model)
-    return config
-
-
-def build_model(options: StudyRun) -> RadiologyItemizedCLIP:
-    """The model with its initial weights; call it on every rank, under `launch`.
-
-    Raises:
-        FileNotFoundError, ValueError: weights that are not there or do not fit.
-    """
-
-    def fetch() -> None:
-        model_config(options)
-        if options.initial.image_weights is not None and options.model.pretrained is None:
-            mae_weights_file(options.initial.image_weights)
-
-    # The main rank first: one download, one message about what is missing.
-    on_main(fetch)
-    model = create_model(model_config(options))
-    assert isinstance(model, RadiologyItemizedCLIP)
-    reads_names = model.visual.trunk.config.series_names
-    if reads_names and not options.data.use_serienames:
-        raise ValueError(f"--model {options.model.model} reads series names; drop --no-use-serienames")
-    if options.model.pretrained is None:
-        load_initial_weights(
-            model,
-            image_weights=options.initial.image_weights,
-            series_name_weights=options.initial.series_name_weights,
-            text_model=options.initial.text_model,
-        )
-    return model
-
-
 # --- data ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ValidationStudies:
-    """The studies of a split that can be opened, as the evaluators read them.
-
-    Attributes:
-        dataset: the split, in evaluation mode.
-        rows: which of its studies.
-    """
-
-    dataset: StudyDataset
-    rows: list[int]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> ItemSample:
-        return self.dataset[self.rows[index]]
-
-    def items(self, index: int) -> list[str]:
-        """All items of a study; its volumes are not read."""
-        return self.dataset.items_of(self.rows[index])
 
 
 def unusable_study(dataset: StudyDataset, row: int) -> str | None:
@@ -131,37 +54,10 @@ def unusable_study(dataset: StudyDataset, row: int) -> str | None:
     return f"{messages[0]}{more}"
 
 
-def usable_rows(dataset: StudyDataset, *, on_bad_sample: str) -> list[int]:
-    """Studies of a validation split with at least one series that can be opened.
-
-    An evaluation cannot replace a study as training does, and should not end after hours of training.
-
-    Raises:
-        BadSampleError: a study without any, unless `on_bad_sample` is "skip".
-        PreflightError: no study is left.
-    """
-    rows, bad = [], []
-    for row in range(len(dataset)):
-        message = unusable_study(dataset, row)
-        if message is None:
-            rows.append(row)
-        elif on_bad_sample == "stop":
-            raise BadSampleError(f"{message}. Fix it (--on-bad-sample skip goes on without it)")
-        else:
-            bad.append(message)
-    if not rows:
-        raise PreflightError(f"{dataset.index.path}: no study can be used; the first: {bad[0]}")
-    for message in bad[:5]:
-        logger.warning("validation study left out: %s", message)
-    if bad:
-        logger.warning("%d of %d validation studies are left out", len(bad), len(dataset))
-    return rows
-
-
 def open_studies(
     options: StudyRun, files: StudyFiles, volume_size: Size, ranks: Ranks
-) -> tuple[StudyDataset, ValidationStudies]:
-    """Training and validation split.
+) -> tuple[StudyDataset, StudyDataset, list[int]]:
+    """Training and validation split, and which studies of the latter can be used.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
@@ -193,31 +89,17 @@ def open_studies(
                 if loading.on_bad_sample == "stop":
                     raise
                 logger.warning("%d studies of %s; the first cannot be used: %s", len(dataset), json_path, error)
-        return usable_rows(dataset, on_bad_sample=loading.on_bad_sample)
+        return usable_rows(dataset, partial(unusable_study, dataset), on_bad_sample=loading.on_bad_sample)
 
     # The main rank first, which reports what is wrong with the files.
     rows = on_main(check)
     if not ranks.is_main:
         # What the main rank has said of the index files need not be said again.
         logging.getLogger("open_mri.reports").setLevel(logging.ERROR)
-    train_split = split(files.train_json, is_train=True)
-    return train_split, ValidationStudies(split(files.valid_json, is_train=False), rows)
-
-
-def report_skipped_series(train_split: StudyDataset, valid_split: StudyDataset) -> None:
-    """Log how many series could not be used, over all ranks."""
-    for name, dataset in (("training", train_split), ("validation", valid_split)):
-        skipped = {position for share in gather_objects(list(dataset.skipped_series)) for position in share}
-        if skipped:
-            logger.warning("%d series of the %s studies were skipped; log.txt names each", len(skipped), name)
+    return split(files.train_json, is_train=True), split(files.valid_json, is_train=False), rows
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
-
-
-def volume_transform(volume_size: Sequence[int], num_series: int) -> Mapping[str, Any]:
-    """What is done to volumes, for checkpoints."""
-    return {"volume_size": list(volume_size), "num_series": num_series, "mean": GREY_MEAN, "std": GREY_STD}
 
 
 def main(argv: Sequence[str] | None = None) -> TrainResult:
@@ -225,11 +107,14 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     options = parse_run(RECIPES, "mri", argv, prog="main.py", description=DESCRIPTION)
     with reported_errors(), launch(options) as ranks:
         files = on_main(lambda: find_study_files(options.data.data_root, options.data.json_root))
-        model = build_model(options)
-        volume_size = model.visual.trunk.config.volume_size
-        train_split, valid_split = open_studies(options, files, volume_size, ranks)
+        model = build_model(options, options.data.volume_size)
+        config = model.visual.trunk.config
+        if config.series_names and not options.data.use_serienames:
+            raise ValueError(f"--model {options.model.model} reads series names; drop --no-use-serienames")
+        volume_size = config.volume_size
+        train_split, valid_split, rows = open_studies(options, files, volume_size, ranks)
         evaluator = RetrievalEvaluator(
-            valid_split,
+            UsableStudies(valid_split, rows),
             create_tokenizer(model.config),
             name=files.valid_json.stem,
             # Studies differ in their number of series.
@@ -241,11 +126,12 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
             dataset=train_split,
             collator=ItemCollator(evaluator.tokenizer, options.loading.num_sampled_captions),
             evaluators=[evaluator],
-            transform=volume_transform(volume_size, options.data.num_series),
+            transform=volume_transform(volume_size, num_series=options.data.num_series),
             data_fingerprint=json.dumps(train_split.fingerprint),
             ranks=ranks,
         )
-        report_skipped_series(train_split, valid_split.dataset)
+        report_skipped(train_split.skipped_series, "series of the training studies")
+        report_skipped(valid_split.skipped_series, "series of the validation studies")
         return result
 
 

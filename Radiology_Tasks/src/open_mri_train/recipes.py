@@ -14,6 +14,7 @@ from typing import Annotated
 
 import tyro
 from open_mri.mae_init import HUB_NAME as MAE_HUB_NAME
+from open_mri.training import InitialWeights, RadiologyRun
 from open_mri.volumes import Size
 
 from itemizedclip.training.options import (
@@ -21,7 +22,6 @@ from itemizedclip.training.options import (
     ModelSettings,
     ObjectiveSettings,
     OptimizerSettings,
-    RunOptions,
 )
 from open_mri_train.data import NUM_SERIES
 
@@ -57,25 +57,10 @@ class StudyData:
 
 
 @dataclass(frozen=True)
-class InitialWeights:
-    """Pretrained parts to start from; not used with --pretrained."""
-
-    text_model: str | None = None
-    """BERT folder or hub name: its shape, tokenizer and weights. None: the model's own, random weights."""
-
-    image_weights: str | None = None
-    """MAE ViT-B/16 for the image trunk: file, folder or hub name. None: random weights."""
-
-    series_name_weights: Path | None = None
-    """Series-name encoder: file with its weights, or a released checkpoint that holds it. None: random weights."""
-
-
-@dataclass(frozen=True)
-class StudyRun(RunOptions):
+class StudyRun(RadiologyRun):
     """A training run on whole studies."""
 
     data: StudyData = field(default_factory=StudyData)
-    initial: InitialWeights = field(default_factory=InitialWeights)
 
 
 def mri() -> StudyRun:

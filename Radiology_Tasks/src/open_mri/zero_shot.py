@@ -1,4 +1,4 @@
-"""Zero-shot evaluation of whole studies: what Pub-Brain-5, RSNA and CQ500 have in common.
+"""Zero-shot evaluation of studies: what Pub-Brain-5, RSNA, CQ500, CT-RATE and Rad-ChestCT have in common.
 
 A study's score for a class is TCSim of the class's text with the study's image tokens, which are L2-normalised before
 the head. The scores of each study are appended to a JSONL file as soon as they are known, so that an evaluation that
@@ -25,8 +25,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 import tyro
-from open_mri.benchmark import Benchmark, Protocol
-from open_mri.volumes import Size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -44,6 +42,8 @@ from itemizedclip.training.distributed import Ranks, launch, on_main
 from itemizedclip.training.engine import reported_errors
 from itemizedclip.training.options import DistributedSettings, RunOptions, RunSettings
 from itemizedclip.training.precision import Precision, resolve_precision
+from open_mri.benchmark import Benchmark, Protocol
+from open_mri.volumes import Size
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class ZeroShotOptions(ABC):
     resume: Path
     """Checkpoint (.pt, .safetensors) of a run or a released one."""
 
-    data_dir: Path
+    data_dir: Annotated[Path, tyro.conf.arg(aliases=("--data-root",))]
     """Folder that holds the studies."""
 
     labels: Annotated[Path | None, tyro.conf.arg(aliases=("--input-filename",))] = None
@@ -102,7 +102,7 @@ class ZeroShotOptions(ABC):
     distributed: Annotated[DistributedSettings, tyro.conf.arg(name="")] = field(default_factory=DistributedSettings)
 
     family: ClassVar[str] = ""
-    """Name of the output folder's kind."""
+    """Ending of the output folder's name."""
 
     def __post_init__(self) -> None:
         for name, value, lowest in (("batch-size", self.batch_size, 1), ("workers", self.workers, 0)):
@@ -268,8 +268,7 @@ def score_key(options: ZeroShotOptions, loaded: LoadedModel, benchmark: Benchmar
         "model_config": loaded.config,
         "classes": ClassPrompts(benchmark.classes, [[prompt] for prompt in benchmark.prompts]).sha256,
         "data_dir": str(options.data_dir.expanduser().resolve()),
-        "prepare": benchmark.prepare,
-        "grey_range": benchmark.grey_range,
+        "reader": benchmark.reader.facts(),
         "precision": options.precision,
     }
 
@@ -351,9 +350,11 @@ def score_studies(
     scores: dict[int, list[float]] = {}
     for group in by_shape.values():
         images = torch.stack([study.image for study in group if study.image is not None]).to(device)
-        names = torch.stack([study.series_names for study in group if study.series_names is not None]).to(device)
+        names = None
+        if _reads_names(model):
+            names = torch.stack([study.series_names for study in group if study.series_names is not None]).to(device)
         with precision.autocast():
-            features = model.encode_image(images, series_names=names if _reads_names(model) else None)
+            features = model.encode_image(images, series_names=names)
         scores_BC = classifier.score(features).cpu()
         if not torch.isfinite(scores_BC).all():
             raise ValueError("scores are not finite: check the weights (--resume) and use --precision fp32")
@@ -504,7 +505,7 @@ def _open(options: ZeroShotOptions) -> Benchmark:
 
 def _check_model(options: ZeroShotOptions, loaded: LoadedModel) -> None:
     if loaded.config["vision_cfg"].get("tower") != "hlip":
-        raise ValueError(f"{options.resume}: its model takes no studies; give a checkpoint of train_mri or train_ct")
+        raise ValueError(f"{options.resume}: its model takes no studies; give one of train_mri, train_ct, train_ctrate")
     if _reads_names(loaded.model) and not options.use_serienames:
         raise ValueError(f"{options.resume}: its model reads series names; drop --no-use-serienames")
 
@@ -597,7 +598,7 @@ def finding_measures(title: str, scores_NC: np.ndarray, labels_NC: np.ndarray, c
 def parse_and_evaluate(
     kind: type[ZeroShotOptions], argv: Sequence[str] | None, *, prog: str, description: str
 ) -> dict[str, float]:
-    """Entry point of the three scripts."""
+    """Entry point of the scripts."""
     options = tyro.cli(kind, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
     with reported_errors(prog):
         return evaluate(options)
