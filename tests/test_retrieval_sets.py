@@ -15,13 +15,13 @@ from images_2d.retrieval_sets import (
     RetrievalSet,
     coco_karpathy,
     coco_val2017,
-    file_sha256,
     flickr30k,
 )
 from natural_files import CaptionedImages, write_coco, write_flickr, write_karpathy
 from PIL import Image
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.evaluation.report import file_sha256
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from itemizedclip.evaluation import tcsim
+from itemizedclip.evaluation.folded import FoldedScorer, scorer_of_stored_tokens
 from itemizedclip.evaluation.tcsim import (
     GlobalScorer,
     TcsimScorer,
@@ -248,3 +249,42 @@ def test_top_images_and_texts_of_a_stream():
     for numbers, scores_Bk, texts_Bk in top_texts(scorer, batches, 4):
         torch.testing.assert_close(scores_Bk, expected.values[numbers, :4], rtol=0, atol=1e-5)
         assert torch.equal(texts_Bk, expected.indices[numbers, :4])
+
+
+# --- few texts with stored tokens ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalise_tokens", [False, True])
+@pytest.mark.parametrize("block_bytes", [1, 20_000, None])
+def test_folded_projections_equal_the_formulas(normalise_tokens, block_bytes, monkeypatch):
+    monkeypatch.setattr("itemizedclip.evaluation.folded.MAX_TEXTS_PER_BLOCK", 16)  # several blocks of texts
+    head, features, texts = random_head(), random_features(), random_texts()
+    tokens = F.normalize(features.tokens_BLD, dim=-1) if normalise_tokens else features.tokens_BLD
+    scorer = FoldedScorer(head, texts, normalise_tokens=normalise_tokens, block_bytes=block_bytes)
+    seen = torch.zeros(N, M)
+    for block in scorer.score_blocks(features):
+        seen[block.images, block.texts] += 1
+    assert (seen == 1).all()
+    expected = one_pair_at_a_time(head, tokens, texts)
+    torch.testing.assert_close(scorer.score(features), expected, rtol=0, atol=1e-5)
+
+
+def test_folded_scorer_reads_half_precision_and_keeps_its_weights():
+    head, texts = random_head().bfloat16(), random_texts(texts=3)
+    tokens = random_features().tokens_BLD.half()
+    expected = score_images_plainly(random_head().bfloat16().float(), tokens.float(), texts, normalise_tokens=False)
+    scorer = FoldedScorer(head, texts, normalise_tokens=False)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.zero_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = scorer.score(ImageFeatures(tokens[:, 0], tokens, (3, 3)))
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"got \(0, 32\)"):
+        FoldedScorer(head, texts[:0], normalise_tokens=False)
+
+
+@pytest.mark.parametrize(("texts", "kind"), [(1, FoldedScorer), (10, FoldedScorer), (11, TcsimScorer)])
+def test_the_cheaper_scorer_of_stored_tokens(texts, kind):
+    """D / (H − 1) = 32 / 3 texts."""
+    assert type(scorer_of_stored_tokens(random_head(), random_texts(texts=texts), normalise_tokens=False)) is kind

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from images_2d.retrieval_sets import RetrievalSet, Transform, coco_karpathy, coco_val2017, file_sha256, flickr30k
+from images_2d.retrieval_sets import RetrievalSet, Transform, coco_karpathy, coco_val2017, flickr30k
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -31,7 +31,7 @@ from itemizedclip.data.batch import BadSampleError
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.encoding import Progress as OnProgress
 from itemizedclip.evaluation.ranks import RETRIEVAL_CUTOFFS, retrieval_table
-from itemizedclip.evaluation.report import EvaluationReport, format_measure, write_results
+from itemizedclip.evaluation.report import EvaluationReport, file_sha256, format_measure, write_results
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.evaluation.tcsim import Scoring
 from itemizedclip.models.factory import create_transform, load_pretrained, transform_spec

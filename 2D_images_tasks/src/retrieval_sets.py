@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from itemizedclip.data.batch import ItemSample
 from itemizedclip.data.items import read_json
+from itemizedclip.evaluation.report import file_sha256
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -121,15 +122,6 @@ class RetrievalSet(Dataset[ItemSample]):
             "annotations_sha256": file_sha256(self.annotations),
             "image_names_sha256": hashlib.sha256(names.encode()).hexdigest(),
         }
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- the sets --------------------------------------------------------------------------------------------------------

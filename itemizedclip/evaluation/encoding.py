@@ -111,8 +111,7 @@ def encode_images(
     Raises:
         BadSampleError: images of one batch differ in shape.
     """
-    parameter = next(model.parameters())
-    device = parameter.device
+    device = model_device(model)
     batches = own_batches(len(dataset) if num_images is None else num_images, options.batch_size)
     loader = DataLoader(
         _Images(dataset),
@@ -123,15 +122,23 @@ def encode_images(
     )
     done, to_do = 0, sum(map(len, batches))
     for rows_B, images, series_names in loader:
-        images = images.to(device, parameter.dtype, non_blocking=True)
-        if series_names is not None:
-            series_names = series_names.to(device, non_blocking=True)
-        with torch.no_grad(), _autocast(device, options.autocast_dtype):
-            features = model.encode_image(images, series_names=series_names)
-        yield ImageBatch(rows_B.to(device), features)
+        yield ImageBatch(rows_B.to(device), encode_image_batch(model, images, options, series_names=series_names))
         done += len(rows_B)
         if on_progress:
             on_progress(done, to_do)
+
+
+@torch.no_grad()
+def encode_image_batch(
+    model: DualEncoder, images: Tensor, options: EncodingOptions, *, series_names: Tensor | None = None
+) -> ImageFeatures:
+    """Features of one batch of images, which are moved to the model's device and precision."""
+    parameter = next(model.parameters())
+    images = images.to(parameter.device, parameter.dtype, non_blocking=True)
+    if series_names is not None:
+        series_names = series_names.to(parameter.device, non_blocking=True)
+    with _autocast(parameter.device, options.autocast_dtype):
+        return model.encode_image(images, series_names=series_names)
 
 
 def read_items(dataset: ItemDataset, batch_size: int) -> list[list[str]]:

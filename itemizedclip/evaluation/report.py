@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -53,6 +54,15 @@ def write_results(path: str | Path, report: EvaluationReport) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, which says which checkpoint or annotation file a result came from."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def metrics_table(title: str, metrics: Mapping[str, float], facts: Mapping[str, Any] | None = None) -> Table:

@@ -99,13 +99,13 @@ class GlobalScorer(TextScorer):
     def __init__(self, texts_MD: Tensor, *, block_bytes: int | None = None) -> None:
         self.texts_MD = F.normalize(texts_MD.detach().float(), dim=-1)
         self.num_texts = len(texts_MD)
-        self.block_bytes = block_bytes or _default_block_bytes(texts_MD.device)
+        self.block_bytes = block_bytes or default_block_bytes(texts_MD.device)
 
     @torch.no_grad()
     def score_blocks(self, features: ImageFeatures) -> Iterator[ScoreBlock]:
-        with _full_precision(features.global_BD.device):
+        with full_precision(features.global_BD.device):
             images_BD = F.normalize(features.global_BD.float(), dim=-1)
-            for texts in _blocks(self.num_texts, self.block_bytes // (4 * max(1, len(images_BD)))):
+            for texts in blocks_of(self.num_texts, self.block_bytes // (4 * max(1, len(images_BD)))):
                 yield ScoreBlock(slice(0, len(images_BD)), texts, images_BD @ self.texts_MD[texts].T)
 
 
@@ -149,13 +149,13 @@ class TcsimScorer(TextScorer):
         self.dtype = dtype
         self.num_texts = len(texts_MD)
         self.num_heads = head.num_heads
-        self.block_bytes = block_bytes or _default_block_bytes(texts_MD.device)
-        with torch.no_grad(), _full_precision(texts_MD.device):
+        self.block_bytes = block_bytes or default_block_bytes(texts_MD.device)
+        with torch.no_grad(), full_precision(texts_MD.device):
             # Rows that fill up to the multiple are scored like texts and cut off at the end.
             texts_MD = F.pad(texts_MD.detach().float(), (0, 0, 0, -self.num_texts % ROW_MULTIPLE))
             head = float_head(head)
             self._queries_HMd = self._split_heads(head.project_queries(texts_MD).to(dtype)[None])[0].contiguous()
-            self._kv_weight, self._kv_bias = (part.to(dtype) for part in _fold_layer_norms(head))
+            self._kv_weight, self._kv_bias = (part.to(dtype) for part in fold_layer_norms(head))
             self._layer_norm_eps = head.ln_k.eps
             self._targets_MD, self._strips = _rotate_output(head, F.normalize(texts_MD, dim=-1), dtype)
 
@@ -169,11 +169,11 @@ class TcsimScorer(TextScorer):
         texts_per_block = min(len(self._targets_MD), self.block_bytes // bytes_per_pair)
         texts_per_block = max(ROW_MULTIPLE, texts_per_block // ROW_MULTIPLE * ROW_MULTIPLE)
         images_per_block = self.block_bytes // max(bytes_per_image, texts_per_block * bytes_per_pair)
-        for images in _blocks(B, images_per_block):
-            with _full_precision(tokens_BLD.device):
+        for images in blocks_of(B, images_per_block):
+            with full_precision(tokens_BLD.device):
                 keys, values = self._project(tokens_BLD[images])
-            for rows in _blocks(len(self._targets_MD), texts_per_block):
-                with _full_precision(tokens_BLD.device):
+            for rows in blocks_of(len(self._targets_MD), texts_per_block):
+                with full_precision(tokens_BLD.device):
                     scores = self._score_block(keys, values, rows)
                 texts = slice(rows.start, min(rows.stop, self.num_texts))
                 yield ScoreBlock(images, texts, scores[:, : texts.stop - texts.start])
@@ -263,7 +263,7 @@ def float_head(head: ItemAttention) -> ItemAttention:
     return head if head.attn.in_proj_weight.dtype == torch.float32 else copy.deepcopy(head).float()
 
 
-def _fold_layer_norms(head: ItemAttention) -> tuple[Tensor, Tensor]:
+def fold_layer_norms(head: ItemAttention) -> tuple[Tensor, Tensor]:
     """Weight (2·D, D) and bias (2·D,) of keys and values from standardised tokens: both norms share mean and scale."""
     D = head.width
     weights, biases = [], []
@@ -287,7 +287,7 @@ def _rotate_output(head: ItemAttention, targets_MD: Tensor, dtype: torch.dtype) 
     Q, R = torch.linalg.qr(weight.double())
     rotated_bias = Q.T @ bias.double()
     strips = []
-    for rows in _blocks(D, -(-D // NUM_STRIPS)):
+    for rows in blocks_of(D, -(-D // NUM_STRIPS)):
         inputs = slice(rows.start, D)
         strips.append(_Strip(rows, inputs, R[rows, inputs].to(dtype).contiguous(), rotated_bias[rows].to(dtype)))
     return targets_MD @ Q.float(), strips
@@ -397,17 +397,17 @@ def top_texts(
 # --- small helpers --------------------------------------------------------------------------------------------------
 
 
-def _blocks(count: int, size: int) -> Iterator[slice]:
+def blocks_of(count: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` (at least 1) that cover 0 … count."""
     size = max(1, size)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
-def _default_block_bytes(device: torch.device) -> int:
+def default_block_bytes(device: torch.device) -> int:
     return CPU_BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES
 
 
-def _full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> torch.autocast:
     """No autocast inside: the scorer's dtype decides."""
     return torch.autocast(device.type, enabled=False)
