@@ -1,6 +1,7 @@
 """The command `itemizedclip`: one subcommand per thing a user does without a wing.
 
     itemizedclip demo       train on itemized scenes, evaluate, draw where each item looked
+    itemizedclip report     one image or study and where each of its items looked, as one HTML file
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": ("itemizedclip.demo", "train on the embedded itemized scenes, evaluate, draw an attention picture"),
+    "report": ("itemizedclip.report", "one image or study and where each of its items looked, as one HTML file"),
 }
 """Name → (module with `main(argv)`, one line for --help)."""
 

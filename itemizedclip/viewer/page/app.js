@@ -1,0 +1,553 @@
+// The page: one state, and a redraw of whatever shows it.
+
+const report = JSON.parse(blockText("report"));
+const $ = (id) => document.getElementById(id);
+const [S, ...TOKENS] = report.grid;
+const COLOUR_TABLE = bytesOfBase64(report.colours);
+const PAGE_STEP = 5;
+
+/** Window presets of Hounsfield units: name, width, level. */
+const HU_PRESETS = [
+  ["Lung", 1500, -600], ["Mediastinum", 400, 40], ["Bone", 1800, 400], ["Brain", 80, 40], ["Blood", 200, 75],
+];
+
+const views = report.views.map((info, number) => new View(info, number));
+const items = [];
+const state = {
+  view: 0, normal: 0, place: [0.5, 0.5, 0.5], // place: shares of the axes, the same in every series
+  chosen: [null, null], // item of each pane; the second is null unless two are compared
+  head: -1, isSmooth: true, isShown: true, isOwnScale: false, opacity: 0.75, threshold: 1,
+  windows: new Map(), // view number, or "hu" for all of them → { low, high, preset }
+};
+const scratch = newCanvas(1, 1), sliceCanvas = newCanvas(1, 1);
+
+// --- what the state means ---------------------------------------------------------------------------------------
+
+const currentView = () => views[state.view];
+const currentPlane = () => new Plane(currentView(), state.normal, TOKENS);
+const sliceOf = (plane) => Math.min(plane.count - 1, Math.floor(state.place[plane.normal] * plane.count));
+const windowKey = (view) => (view.unit === "hu" ? "hu" : view.number);
+const isVolume = (view) => view.unit !== "rgb";
+const decimal = (value, digits) => value.toFixed(digits).replace("-", "−");
+const percent = (share) => `${Math.round(100 * share)} %`;
+const times = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value)}×`;
+
+function presetsOf(view) {
+  const { min, max, low, high } = view.range;
+  const full = ["Full range", min, max];
+  if (view.unit !== "hu") return [["Auto", low, high], full];
+  return [...HU_PRESETS.map(([name, width, level]) => [name, level - width / 2, level + width / 2]), full];
+}
+
+function windowOf(view) {
+  if (!isVolume(view)) return null;
+  const key = windowKey(view);
+  if (!state.windows.has(key)) {
+    const [preset, low, high] = presetsOf(view)[0];
+    state.windows.set(key, { preset, low, high });
+  }
+  return state.windows.get(key);
+}
+
+/** Top of the colour scale of an item. */
+function scaleTop(item) {
+  const shown = state.isOwnScale ? [item] : items;
+  return Math.max(report.scaleFloor, ...shown.filter(Boolean).map((one) => one.attention(state.head).peak));
+}
+
+// --- small helpers of the document --------------------------------------------------------------------------------
+
+function element(tag, properties = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.startsWith("aria-") || name === "role" || name.startsWith("data-")) made.setAttribute(name, value);
+    else made[name] = value;
+  }
+  made.append(...children);
+  return made;
+}
+
+function showProblem(error) {
+  $("problem").textContent = error.message ?? String(error);
+  $("problem").hidden = false;
+}
+
+let isDrawPending = false;
+function redraw() {
+  if (isDrawPending) return;
+  isDrawPending = true;
+  requestAnimationFrame(() => {
+    isDrawPending = false;
+    draw();
+  });
+}
+
+// --- items --------------------------------------------------------------------------------------------------------
+
+/** One row: the text, its numbers, and how its attention is shared out between the series and nowhere. */
+function itemRow(item) {
+  const radio = element("input", { type: "radio", name: "item" });
+  radio.addEventListener("change", () => choose(item));
+  const strip = element("span", { className: "strip", "aria-hidden": "true" });
+  const numbers = element("span", { className: "numbers" });
+  const number = element("span", { className: "number" }, String(items.indexOf(item) + 1));
+  const words = element("span", { className: "text" }, item.text);
+  if (item.isCut) words.append(element("span", { className: "cut" }, "longer than the model reads: its end was cut off"));
+  const label = element("label", {}, radio, number, words, numbers, strip);
+  const compare = element("button", { type: "button", className: "quiet compare", "aria-pressed": "false" }, "Compare");
+  compare.setAttribute("aria-label", `Compare with: ${item.text}`);
+  compare.addEventListener("click", () => compareWith(item));
+  item.row = element("div", { className: "item" }, label, compare);
+  Object.assign(item, { radio, strip, numbers, compare });
+  return item.row;
+}
+
+function addItems(added) {
+  for (const item of added) {
+    items.push(item);
+    $("item-list").append(itemRow(item));
+  }
+  arrangeItems();
+}
+
+function arrangeItems() {
+  const shown = [...items];
+  if ($("order").value === "score") shown.sort((a, b) => b.score - a.score);
+  $("item-list").replaceChildren(...shown.map((item) => item.row));
+}
+
+function drawItem(item) {
+  const { shares, nowhere, peak, peakView } = item.attention(state.head);
+  const parts = [`TCSim ${decimal(item.score, 3)}`, `peak ${times(peak)}`, `nowhere ${percent(nowhere)}`];
+  item.numbers.textContent = parts.join(" · ");
+  if (S > 1) item.numbers.append(element("span", { className: "most" }, `most at ${views[peakView].name}`));
+  item.strip.replaceChildren(
+    ...shares.map((share, s) => {
+      const part = element("i", { className: s === state.view ? "part here" : "part", title: `${views[s].name} ${percent(share)}` });
+      part.style.flexGrow = share;
+      return part;
+    }),
+    Object.assign(element("i", { className: "part none", title: `nowhere ${percent(nowhere)}` })),
+  );
+  item.strip.lastChild.style.flexGrow = nowhere;
+  const place = state.chosen.indexOf(item);
+  item.row.dataset.pane = place < 0 ? "" : "AB"[place];
+  item.radio.checked = place === 0;
+  item.compare.hidden = items.length < 2 || place === 0;
+  item.compare.textContent = place === 1 ? "Stop comparing" : "Compare";
+  item.compare.setAttribute("aria-pressed", String(place === 1));
+}
+
+function choose(item) {
+  state.chosen = [item, state.chosen[1] === item ? null : state.chosen[1]];
+  goToPeak(item);
+}
+
+function compareWith(item) {
+  state.chosen[1] = state.chosen[1] === item ? null : item;
+  buildPanes();
+  redraw();
+}
+
+async function goToPeak(item) {
+  const { peakView, peakCell } = item.attention(state.head);
+  const view = views[peakView], plane = new Plane(view, 0, TOKENS);
+  state.place = peakCell.map((cell, axis) => (plane.voxelOf(axis, cell) + 0.5) / view.size[axis]);
+  await showView(peakView);
+}
+
+// --- series, planes, slices ---------------------------------------------------------------------------------------
+
+async function showView(number) {
+  state.view = number;
+  const view = views[number];
+  if (!view.isReady) $("readout").textContent = `Unpacking ${view.name} …`;
+  try {
+    await view.load();
+  } catch (error) {
+    return showProblem(new Error(`${view.name}: cannot be unpacked (${error.message}); make the report again`));
+  }
+  if (state.view !== number) return; // another series was chosen meanwhile
+  buildPanes();
+  buildTools();
+  $("readout").textContent = hint();
+  redraw();
+}
+
+function hint() {
+  if (!isVolume(currentView())) return "Point at the image to read values.";
+  return "Point at the image to read values; drag for the window, wheel or arrow keys for slices.";
+}
+
+function buildTabs() {
+  const tabs = $("tabs");
+  tabs.hidden = views.length < 2;
+  tabs.replaceChildren(
+    ...views.map((view, s) => {
+      const meter = element("span", { className: "meter", "aria-hidden": "true" }, element("i"), element("i"));
+      const tab = element("button", { type: "button", role: "tab", id: `tab-${s}`, "aria-controls": "series-panel" },
+        element("span", { className: "name" }, view.name), element("span", { className: "share" }), meter);
+      tab.addEventListener("click", () => showView(s));
+      return tab;
+    }),
+  );
+  if (views.length > 1) $("series-panel").setAttribute("role", "tabpanel");
+  tabs.addEventListener("keydown", (event) => {
+    const steps = { ArrowLeft: state.view - 1, ArrowRight: state.view + 1, Home: 0, End: views.length - 1 };
+    if (!(event.key in steps)) return;
+    event.preventDefault();
+    const next = (steps[event.key] + views.length) % views.length;
+    tabs.children[next].focus();
+    showView(next);
+  });
+}
+
+function drawTabs() {
+  const shown = state.chosen.filter(Boolean).map((item) => item.attention(state.head).shares);
+  [...$("tabs").children].forEach((tab, s) => {
+    const isCurrent = s === state.view;
+    tab.setAttribute("aria-selected", String(isCurrent));
+    tab.tabIndex = isCurrent ? 0 : -1;
+    tab.querySelector(".share").textContent = shown.map((shares) => percent(shares[s])).join(" | ");
+    tab.querySelectorAll(".meter i").forEach((bar, k) => {
+      bar.hidden = !shown[k];
+      bar.style.width = shown[k] ? `${100 * shown[k][s]}%` : "0";
+    });
+  });
+  if (views.length > 1) $("series-panel").setAttribute("aria-labelledby", `tab-${state.view}`);
+}
+
+function chip(text, isPressed, act) {
+  const button = element("button", { type: "button", "aria-pressed": String(isPressed) }, text);
+  button.addEventListener("click", act);
+  return button;
+}
+
+function buildTools() {
+  const view = currentView(), current = windowOf(view);
+  $("tools").hidden = $("presets").hidden = $("planes").hidden = $("window").hidden = !isVolume(view);
+  if (!isVolume(view)) return;
+  $("planes").replaceChildren(
+    ...[0, 1, 2].map((normal) => chip(new Plane(view, normal, TOKENS).name, normal === state.normal, () => {
+      state.normal = normal;
+      buildTools();
+      buildPanes();
+      redraw();
+    })),
+  );
+  $("presets").replaceChildren(
+    ...presetsOf(view).map(([preset, low, high]) => chip(preset, preset === current.preset, () => setWindow({ preset, low, high }))),
+  );
+  const { min, max } = view.range, { low, high } = current;
+  Object.assign($("level"), { min: Math.min(min, low), max: Math.max(max, high), value: Math.round((low + high) / 2) });
+  Object.assign($("width"), { max: Math.max(max - min, Math.ceil(high - low)), value: Math.round(high - low) });
+  const unit = view.unit === "hu" ? " HU" : "";
+  $("level-value").textContent = `${decimal(Math.round((low + high) / 2), 0)}${unit}`;
+  $("width-value").textContent = `${Math.round(high - low)}${unit}`;
+}
+
+function setWindow(window) {
+  state.windows.set(windowKey(currentView()), window);
+  const focused = document.activeElement?.closest("#presets") ? [...$("presets").children].indexOf(document.activeElement) : -1;
+  buildTools();
+  $("presets").children[focused]?.focus();
+  redraw();
+}
+
+function setLevelAndWidth(level, width) {
+  const half = Math.max(1, width) / 2;
+  setWindow({ preset: null, low: level - half, high: level + half });
+}
+
+function setSlice(slice) {
+  const plane = currentPlane(), clamped = Math.min(plane.count - 1, Math.max(0, slice));
+  state.place[plane.normal] = (clamped + 0.5) / plane.count;
+  redraw();
+}
+
+function stepSlice(step) {
+  setSlice(sliceOf(currentPlane()) + step);
+}
+
+function drawSlices(plane, slice) {
+  const isStack = plane.count > 1;
+  $("slices").hidden = !isStack;
+  if (!isStack) return;
+  Object.assign($("slice"), { max: plane.count - 1, value: slice });
+  $("slice-label").textContent = `${plane.name === "Slices" ? "Slice" : plane.name} ${slice + 1} / ${plane.count}`;
+  $("slice").setAttribute("aria-valuetext", `${slice + 1} of ${plane.count}`);
+  const bars = [];
+  state.chosen.filter(Boolean).forEach((item, k) => {
+    const layers = plane.profile(item.attention(state.head).map);
+    const most = Math.max(...layers.map((layer) => layer.sum), 1e-9);
+    for (const { sum, edges } of layers) {
+      const [from, to] = edges.map((edge) => (100 * Math.min(plane.count - 1, Math.max(0, edge - 0.5))) / (plane.count - 1));
+      const bar = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+      const height = (100 * sum) / most, inset = (to - from) * 0.06;
+      const facts = { x: from + inset, width: Math.max(0, to - from - 2 * inset), y: 100 - height, height, class: "ab"[k] };
+      for (const [name, value] of Object.entries(facts)) bar.setAttribute(name, value);
+      bars.push(bar);
+    }
+  });
+  $("profile").replaceChildren(...bars);
+}
+
+// --- panes --------------------------------------------------------------------------------------------------------
+
+let panes = [];
+
+/** One picture, or two side by side; kept as they are while their number stays the same. */
+function buildPanes() {
+  const count = state.chosen[1] ? 2 : 1;
+  $("panes").dataset.count = count;
+  if (panes.length === count) return;
+  panes = Array.from({ length: count }, (_, k) => buildPane(k));
+  $("panes").replaceChildren(...panes.map((pane) => pane.box));
+  panes.forEach((pane) => resizes.observe(pane.well));
+}
+
+function buildPane(k) {
+  const canvas = element("canvas", { role: "img" });
+  const letters = ["left", "right", "top", "bottom"].map((side) => element("span", { className: `letter ${side}`, "aria-hidden": "true" }));
+  const well = element("div", { className: "well", tabIndex: 0, role: "group" }, canvas, ...letters);
+  well.setAttribute("aria-label", "Image: arrow keys change the slice, P goes to the peak, O hides the attention");
+  const title = element("p", { className: "title" });
+  const peak = element("button", { type: "button", className: "quiet" }, "Go to peak");
+  peak.addEventListener("click", () => goToPeak(state.chosen[k]));
+  const pane = { k, canvas, well, letters, title, peak, box: element("figure", { className: "pane" }, element("figcaption", {}, title, peak), well) };
+  listenTo(pane);
+  return pane;
+}
+
+function listenTo(pane) {
+  const { well, canvas } = pane;
+  let rolled = 0;
+  well.addEventListener("wheel", (event) => {
+    if (currentPlane().count < 2 || event.ctrlKey) return;
+    event.preventDefault();
+    rolled += event.deltaMode === 0 ? event.deltaY : 40 * event.deltaY;
+    const steps = Math.trunc(rolled / 40);
+    rolled -= 40 * steps;
+    if (steps) stepSlice(steps);
+  }, { passive: false });
+  well.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const act = {
+      ArrowUp: () => stepSlice(-1), ArrowLeft: () => stepSlice(-1), ArrowDown: () => stepSlice(1), ArrowRight: () => stepSlice(1),
+      PageUp: () => stepSlice(-PAGE_STEP), PageDown: () => stepSlice(PAGE_STEP),
+      Home: () => setSlice(0), End: () => setSlice(currentPlane().count - 1),
+      p: () => state.chosen[pane.k] && goToPeak(state.chosen[pane.k]), o: toggleAttention,
+    }[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    const needsSlices = event.key.length > 1;
+    if (!act || (needsSlices && currentPlane().count < 2)) return;
+    event.preventDefault();
+    act();
+  });
+  canvas.addEventListener("pointermove", (event) => readOut(event, canvas));
+  canvas.addEventListener("pointerdown", (event) => {
+    readOut(event, canvas);
+    if (event.pointerType === "mouse" && event.button === 0 && isVolume(currentView())) dragWindow(event, canvas);
+  });
+  canvas.addEventListener("dblclick", () => {
+    if (!isVolume(currentView())) return;
+    state.windows.delete(windowKey(currentView()));
+    setWindow(windowOf(currentView()));
+  });
+}
+
+/** Sideways changes the width, up and down the level, as on a reading station. */
+function dragWindow(start, canvas) {
+  const view = currentView(), { low, high } = windowOf(view);
+  const perPixel = Math.max(0.25, Math.min(high - low, view.range.max - view.range.min) / 300);
+  const move = (event) => setLevelAndWidth(
+    (low + high) / 2 + (event.clientY - start.clientY) * perPixel, high - low + (event.clientX - start.clientX) * perPixel,
+  );
+  const stop = () => {
+    canvas.removeEventListener("pointermove", move);
+    canvas.removeEventListener("pointerup", stop);
+    canvas.removeEventListener("pointercancel", stop);
+  };
+  canvas.setPointerCapture(start.pointerId);
+  canvas.addEventListener("pointermove", move);
+  canvas.addEventListener("pointerup", stop);
+  canvas.addEventListener("pointercancel", stop);
+}
+
+/** Place, value and attention under the pointer. */
+function readOut(event, canvas) {
+  const view = currentView(), box = canvas.getBoundingClientRect(), plane = currentPlane();
+  if (!view.isReady) return;
+  const voxel = plane.voxelAt((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height, sliceOf(plane));
+  if (!voxel) return;
+  const [d, h, w] = voxel, value = view.valueAt(voxel);
+  const parts = isVolume(view)
+    ? [`slice ${d + 1}, row ${h + 1}, column ${w + 1}`, view.unit === "hu" ? `${decimal(value, 0)} HU` : `grey ${value}`]
+    : [`row ${h + 1}, column ${w + 1}`, `RGB ${value.join(" ")}`];
+  state.chosen.forEach((item, k) => {
+    if (!item) return;
+    const attention = plane.attentionAt(item.attention(state.head).map, voxel);
+    const who = state.chosen[1] ? `attention ${"AB"[k]}` : "attention";
+    parts.push(attention === null ? "not seen by the model" : `${who} ${attention.toFixed(2)}×`);
+  });
+  $("readout").textContent = parts.join(" · ");
+}
+
+function drawPane(pane, plane, slice) {
+  const { well, canvas } = pane, item = state.chosen[pane.k];
+  const room = [well.clientWidth, well.clientHeight], [wide, tall] = plane.aspect;
+  const scale = Math.min(room[0] / wide, room[1] / tall);
+  const size = [Math.max(1, wide * scale), Math.max(1, tall * scale)];
+  canvas.style.width = `${size[0]}px`;
+  canvas.style.height = `${size[1]}px`;
+  Object.assign(canvas, { width: Math.round(size[0] * devicePixelRatio), height: Math.round(size[1] * devicePixelRatio) });
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.setTransform(...plane.transform(canvas.width, canvas.height));
+  context.drawImage(paintSlice(sliceCanvas, plane, slice, windowOf(plane.view)), 0, 0, plane.width, plane.height);
+  context.resetTransform();
+  const attention = item?.attention(state.head);
+  const tokens = item && state.isShown ? plane.tokenSlice(attention.map, slice, state.isSmooth) : null;
+  if (tokens) {
+    const top = scaleTop(item);
+    const colours = overlayColours(COLOUR_TABLE, { top, threshold: state.threshold, opacity: state.opacity });
+    paintTokens(context, scratch, plane, tokens, colours, top, state.isSmooth);
+  }
+  paintMarks(context, plane, slice, state.isShown ? attention : null);
+  pane.letters.forEach((letter, side) => (letter.textContent = plane.letters?.[side] ?? ""));
+  const where = plane.count > 1 ? `, ${plane.name} ${slice + 1} of ${plane.count}` : "";
+  canvas.setAttribute("aria-label", `${plane.view.name}${where}${item ? `; attention of: ${item.text}` : ""}`);
+  pane.peak.hidden = !item;
+  pane.title.replaceChildren();
+  if (state.chosen[1]) pane.title.append(element("b", { className: `badge ${"ab"[pane.k]}` }, "AB"[pane.k]), " ");
+  pane.title.append(item ? item.text : "No item yet");
+}
+
+function draw() {
+  const plane = currentPlane();
+  items.forEach(drawItem);
+  drawTabs();
+  drawLegend();
+  if (!plane.view.isReady) return;
+  const slice = sliceOf(plane);
+  drawSlices(plane, slice);
+  for (const pane of panes) drawPane(pane, plane, slice);
+}
+
+const resizes = new ResizeObserver(redraw);
+
+// --- controls of the attention ------------------------------------------------------------------------------------
+
+function drawLegend() {
+  const shown = state.chosen.filter(Boolean);
+  const tops = shown.length ? shown.map(scaleTop) : [report.scaleFloor];
+  const context = $("legend").getContext("2d"), image = context.createImageData(256, 1);
+  for (let i = 0; i < 256; i++) {
+    const isHidden = (i / 255) * tops[0] < state.threshold;
+    image.data.set([...COLOUR_TABLE.subarray(3 * i, 3 * i + 3), isHidden ? 50 : 255], 4 * i);
+  }
+  context.putImageData(image, 0, 0);
+  const isTwo = state.isOwnScale && tops.length > 1;
+  $("ticks").replaceChildren(
+    ...[0, 0.5, 1].map((share) => element("span", {}, isTwo ? tops.map((top) => times(share * top)).join(" | ") : times(share * tops[0]))),
+  );
+  $("legend-note").textContent = `× an even spread${isTwo ? ", A | B" : ""}`;
+  const highest = Math.max(...tops);
+  $("threshold").max = highest.toFixed(1);
+  $("threshold-value").textContent = times(state.threshold);
+  $("opacity-value").textContent = percent(state.opacity);
+}
+
+function toggleAttention() {
+  state.isShown = !state.isShown;
+  $("show").checked = state.isShown;
+  redraw();
+}
+
+function listenToControls() {
+  const on = (id, event, act) => $(id).addEventListener(event, () => (act($(id)), redraw()));
+  on("opacity", "input", (field) => (state.opacity = field.value / 100));
+  on("threshold", "input", (field) => (state.threshold = Number(field.value)));
+  on("head", "change", (field) => (state.head = Number(field.value)));
+  on("scale", "change", (field) => (state.isOwnScale = field.value === "own"));
+  on("upsampling", "change", (field) => (state.isSmooth = field.value === "smooth"));
+  on("show", "change", (field) => (state.isShown = field.checked));
+  on("order", "change", arrangeItems);
+  on("slice", "input", (field) => setSlice(Number(field.value)));
+  const level = () => setLevelAndWidth(Number($("level").value), Number($("width").value));
+  on("level", "input", level);
+  on("width", "input", level);
+  $("head").append(element("option", { value: "-1" }, `average of ${report.numHeads}`));
+  for (let h = 0; h < report.numHeads; h++) $("head").append(element("option", { value: String(h) }, `head ${h + 1}`));
+  const themes = ["auto", "light", "dark"];
+  $("theme").addEventListener("click", () => {
+    const next = themes[(themes.indexOf(document.documentElement.dataset.theme ?? "auto") + 1) % 3];
+    document.documentElement.dataset.theme = next;
+    $("theme").textContent = `Theme: ${next}`;
+  });
+}
+
+function showFacts() {
+  for (const [name, value] of report.facts) $("facts").append(element("dt", {}, name), element("dd", {}, value));
+  $("notes").append(...report.notes.map((note) => element("li", {}, note)));
+}
+
+// --- free text, when the page is served ---------------------------------------------------------------------------
+
+async function ask(texts) {
+  const answer = await fetch(report.ask, {
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ items: texts }),
+  });
+  const contents = await answer.json().catch(() => ({ error: `the server answered ${answer.status}` }));
+  if (!answer.ok) throw new Error(contents.error);
+  return itemsOf(contents, report.grid);
+}
+
+function listenToQuestions() {
+  if (!report.ask) return;
+  $("ask").hidden = false;
+  $("ask").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const texts = $("ask-text").value.split(";").map((text) => text.trim()).filter(Boolean);
+    const status = $("ask-status"), button = $("ask").querySelector("button");
+    if (!texts.length) {
+      status.textContent = "Type what to look for, such as: a small red seven";
+      return;
+    }
+    button.disabled = true;
+    status.className = "";
+    status.textContent = "Looking …";
+    try {
+      const added = await ask(texts);
+      addItems(added);
+      choose(added[0]);
+      added[0].row.scrollIntoView({ block: "nearest" });
+      status.textContent = `Added ${added.length === 1 ? "one item" : `${added.length} items`}.`;
+      $("ask-text").value = "";
+    } catch (error) {
+      status.className = "wrong";
+      status.textContent = error instanceof TypeError ? "The server does not answer; is the command still running?" : error.message;
+    }
+    button.disabled = false;
+  });
+}
+
+// --- start --------------------------------------------------------------------------------------------------------
+
+async function start() {
+  if (typeof DecompressionStream === "undefined") throw new Error("This browser is too old for the report; use one from 2023 or later.");
+  showFacts();
+  listenToControls();
+  listenToQuestions();
+  buildTabs();
+  addItems(await itemsOf({ items: report.items, maps: report.maps }, report.grid));
+  if (items.length) {
+    state.chosen[0] = items[0];
+    await goToPeak(items[0]);
+  } else {
+    await showView(0);
+  }
+  addEventListener("resize", redraw);
+  document.documentElement.dataset.ready = "yes";
+}
+
+start().catch(showProblem);

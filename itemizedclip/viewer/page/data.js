@@ -1,0 +1,144 @@
+"use strict";
+// What Python packed into the page, as typed arrays; items with their attention.
+// Axes: S series (views), H heads, d h w tokens of a series, D H W voxels of a view (a photograph has D = 1).
+
+const ARRAY_TYPES = { uint8: Uint8Array, int16: Int16Array, float32: Float32Array };
+
+function bytesOfBase64(text) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text.trim());
+  const characters = atob(text.trim());
+  const bytes = new Uint8Array(characters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
+  return bytes;
+}
+
+async function inflate(bytes) {
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+/** Undo `pack_array` of html.py: inflate, join the byte planes, add up the differences along the last axis. */
+async function unpackArray({ type, shape, delta, data }) {
+  const planes = await inflate(bytesOfBase64(data));
+  const Values = ARRAY_TYPES[type];
+  const bytesEach = Values.BYTES_PER_ELEMENT;
+  const count = planes.length / bytesEach;
+  const bytes = bytesEach === 1 ? planes : new Uint8Array(planes.length);
+  for (let p = 0; bytesEach > 1 && p < bytesEach; p++) {
+    for (let i = 0, to = p, from = p * count; i < count; i++, to += bytesEach) bytes[to] = planes[from + i];
+  }
+  const values = new Values(bytes.buffer, 0, count);
+  if (delta) {
+    const row = shape[shape.length - 1];
+    for (let i = 0; i < count; i++) if (i % row) values[i] += values[i - 1];
+  }
+  return values;
+}
+
+function blockText(id) {
+  return document.getElementById(id).textContent;
+}
+
+/** One picture or series: its values are unpacked when it is first shown. */
+class View {
+  constructor(info, number) {
+    Object.assign(this, info); // name unit size spacing toward scale offset viewSize values
+    this.number = number;
+    this.ready = null;
+    this.isReady = false;
+  }
+
+  load() {
+    this.ready ??= this.#load();
+    return this.ready;
+  }
+
+  async #load() {
+    const data = blockText(this.values.block);
+    if (this.unit === "rgb") {
+      const picture = new Blob([bytesOfBase64(data)], { type: this.values.type });
+      const bitmap = await createImageBitmap(picture, { colorSpaceConversion: "none" });
+      this.canvas = newCanvas(this.size[2], this.size[1]);
+      this.canvas.getContext("2d", { willReadFrequently: true }).drawImage(bitmap, 0, 0);
+    } else {
+      this.array = await unpackArray({ ...this.values, data });
+      this.range = rangeOf(this.array);
+    }
+    this.isReady = true;
+  }
+
+  /** Grey value or HU of a voxel, or [r, g, b]. */
+  valueAt([d, h, w]) {
+    if (this.unit === "rgb") return [...this.canvas.getContext("2d").getImageData(w, h, 1, 1).data.slice(0, 3)];
+    return this.array[(d * this.size[1] + h) * this.size[2] + w];
+  }
+}
+
+/** Smallest and largest value, and the grey levels between which nearly all of what is not background lies. */
+function rangeOf(array) {
+  let min = array[0], max = array[0];
+  for (const value of array) {
+    if (value < min) min = value;
+    if (value > max) max = value;
+  }
+  const counts = new Float64Array(max - min + 1);
+  for (const value of array) counts[value - min]++;
+  counts[0] = 0; // the background
+  const total = counts.reduce((sum, count) => sum + count, 0);
+  const quantile = (share) => {
+    let sum = 0;
+    for (let level = 0; level < counts.length; level++) if ((sum += counts[level]) >= share * total) return min + level;
+    return max;
+  };
+  return total ? { min, max, low: quantile(0.01), high: quantile(0.995) } : { min, max, low: min, high: max };
+}
+
+/** One text with the attention of its heads, in multiples of an even spread: (H, S, d, h, w). */
+class Item {
+  constructor(info, headMaps, grid) {
+    Object.assign(this, info); // text score headNowhere isCut
+    this.grid = grid;
+    this.numTokens = grid.reduce((product, n) => product * n, 1);
+    this.headMaps = headMaps;
+    this.known = new Map();
+  }
+
+  /** Attention of one head, or of all averaged (-1), with its peak and how it is shared out. */
+  attention(head) {
+    if (!this.known.has(head)) this.known.set(head, this.#attention(head));
+    return this.known.get(head);
+  }
+
+  #attention(head) {
+    const L = this.numTokens, H = this.headNowhere.length;
+    let map = this.headMaps.subarray(head * L, (head + 1) * L);
+    if (head < 0) {
+      map = new Float32Array(L);
+      for (let i = 0; i < L; i++) {
+        let sum = 0;
+        for (let h = 0; h < H; h++) sum += this.headMaps[h * L + i];
+        map[i] = sum / H;
+      }
+    }
+    const [S, d, h, w] = this.grid, perView = L / S;
+    const shares = new Array(S).fill(0);
+    let peakAt = 0;
+    for (let i = 0; i < L; i++) {
+      shares[Math.floor(i / perView)] += map[i] / L;
+      if (map[i] > map[peakAt]) peakAt = i;
+    }
+    const inView = peakAt % perView;
+    const nowhere = head < 0 ? this.headNowhere.reduce((sum, share) => sum + share, 0) / H : this.headNowhere[head];
+    return {
+      map, shares, nowhere, peak: map[peakAt], peakView: Math.floor(peakAt / perView),
+      peakCell: [Math.floor(inView / (h * w)), Math.floor(inView / w) % h, inView % w],
+    };
+  }
+}
+
+async function itemsOf(packed, grid) {
+  if (!packed.items.length) return [];
+  const maps = await unpackArray({ ...packed.maps, data: packed.maps.data ?? blockText(packed.maps.block) });
+  const each = maps.length / packed.items.length;
+  return packed.items.map((info, k) => new Item(info, maps.subarray(k * each, (k + 1) * each), grid));
+}
