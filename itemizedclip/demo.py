@@ -28,6 +28,7 @@ from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.explain import ExplainEvaluator
 from itemizedclip.evaluation.report import EvaluationReport, format_measure, write_results
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
+from itemizedclip.evaluation.tcsim import Scoring
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import create_model, create_tokenizer, create_transform
 from itemizedclip.training.distributed import launch
@@ -128,20 +129,33 @@ def zero_shot_prompts(level: str) -> ClassPrompts:
     return ClassPrompts(names, [[f"a {size} {name}" for size in SIZE_WORDS] for name in bare])
 
 
-def scene_evaluators(test: ScenesDataset, tokenizer: Tokenizer) -> list[Any]:
-    """Zero-shot over all colour-digit classes, retrieval, and explanation metrics with the scenes' masks."""
+def scene_evaluators(test: ScenesDataset, tokenizer: Tokenizer, scoring: Scoring) -> list[Any]:
+    """Zero-shot over all colour-digit classes, retrieval, and explanation metrics with the scenes' masks.
+
+    A head that no objective trained (`--baseline clip`) has nothing to explain.
+    """
     encoding = EncodingOptions(batch_size=50)
-    return [
+    evaluators: list[Any] = [
         MultiLabelEvaluator(
-            test, tokenizer, zero_shot_prompts(test.level.name), class_labels(test), name="zero_shot", encoding=encoding
+            test,
+            tokenizer,
+            zero_shot_prompts(test.level.name),
+            class_labels(test),
+            name="zero_shot",
+            scorings=(scoring,),
+            encoding=encoding,
         ),
         # Two scenes may both show "a small red seven": neither is wrong for the other.
         RetrievalEvaluator(
-            test, tokenizer, name="retrieval", equal_texts_are_rivals=False, encoding=encoding
+            test, tokenizer, name="retrieval", scoring=scoring, equal_texts_are_rivals=False, encoding=encoding
         ),
-        # A map's peak is known to a patch: half of one (4 px) around the item's pen strokes still counts.
-        ExplainEvaluator(test, tokenizer, name="explain", tolerance_px=PATCH_PX / 2, encoding=encoding),
     ]
+    if scoring == "tcsim":
+        # A map's peak is known to a patch: half of one (4 px) around the item's pen strokes still counts.
+        evaluators.append(
+            ExplainEvaluator(test, tokenizer, name="explain", tolerance_px=PATCH_PX / 2, encoding=encoding)
+        )
+    return evaluators
 
 
 def evaluate(
@@ -233,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             transform=create_transform(model.config, is_train=False),
             shuffle_items=False,
         )
-        evaluators = scene_evaluators(test_set, tokenizer)
+        evaluators = scene_evaluators(test_set, tokenizer, options.objective.scoring)
         result = train(
             options,
             model=model,
@@ -249,7 +263,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         with torch.no_grad():
             metrics = evaluate(model, evaluators, result.folder, result.checkpoint, is_main=ranks.is_main)
         if ranks.is_main:
-            numbers = range(min(data.num_pictures, len(test_set)))
+            num_pictures = data.num_pictures if options.objective.uses_head else 0
+            numbers = range(min(num_pictures, len(test_set)))
             pictures = draw_scenes(model, tokenizer, test_set, numbers, result.folder / "pictures")
             _print_summary(result, metrics, pictures)
         barrier()

@@ -98,6 +98,7 @@ def rsicd_data(options: RsicdRun, config: dict[str, Any], ranks: Ranks) -> Train
         validation_split(),
         create_tokenizer(config),
         name=f"rsicd_{validation.split}",
+        scoring=options.objective.scoring,
         encoding=EncodingOptions(batch_size=min(64, options.loading.batch_size), num_workers=options.loading.workers),
     )
     return TrainingData(dataset, [evaluator], dataset.fingerprint)
@@ -173,6 +174,7 @@ def shard_data(options: ShardRun, config: dict[str, Any], ranks: Ranks, collator
                 split(paths.val_data, is_train=False),
                 create_tokenizer(config),
                 name="val",
+                scoring=options.objective.scoring,
                 encoding=EncodingOptions(batch_size=min(64, loading.batch_size), num_workers=loading.workers),
             )
         )

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from itemizedclip.collectives import rank, world_size
 from itemizedclip.objectives.pairing import Pairing
 
 
@@ -43,7 +44,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, local: Tensor) -> Tensor:
-        gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        gathered = [torch.empty_like(local) for _ in range(world_size())]
         dist.all_gather(gathered, local.contiguous())
         return torch.stack(gathered)
 
@@ -51,12 +52,15 @@ class _GatherWithGradient(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         dist.all_reduce(grad)
-        return grad[dist.get_rank()]
+        return grad[rank()]
 
 
-def num_ranks() -> int:
-    """W; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def gather_features(features_ND: Tensor) -> Tensor:
+    """(W, N, D) features of every rank, in order of rank; gradients flow back to the rank that owns them.
+
+    Every rank must hold the same N.
+    """
+    return features_ND[None] if world_size() == 1 else _GatherWithGradient.apply(features_ND)
 
 
 def gather_items(
@@ -70,25 +74,25 @@ def gather_items(
 
     Every rank must hold the same B, K and D.
     """
-    if num_ranks() == 1:
+    if world_size() == 1:
         return []
     K = item_mask_BK.shape[1]
-    features = _GatherWithGradient.apply(item_features_ND.float())
+    features = gather_features(item_features_ND.float())
     T = pairing.index_BT.shape[1]
     columns = [item_mask_BK.long(), is_normal_B.long()[:, None], pairing.index_BT]
     if item_ids_N is not None:
         columns.append(item_ids_N.view(-1, K))
     packed = torch.cat(columns, dim=1)
-    tables = [torch.empty_like(packed) for _ in range(num_ranks())]
+    tables = [torch.empty_like(packed) for _ in range(world_size())]
     dist.all_gather(tables, packed)
     remotes = []
-    for rank, table in enumerate(tables):
-        if rank == dist.get_rank():
+    for other, table in enumerate(tables):
+        if other == rank():
             continue
         mask, normal, index = table[:, :K], table[:, K].bool(), table[:, K + 1 : K + 1 + T]
         ids = None if item_ids_N is None else table[:, K + 1 + T :].flatten()
         # The weights follow from mask and index, so they need not travel.
         has_item = (mask.sum(1) > 0).float()
         weights = has_item[index // K].scatter(1, pairing.own_columns_BK, mask.float())
-        remotes.append(RemoteItems(features[rank], mask.bool(), normal, index, weights, ids))
+        remotes.append(RemoteItems(features[other], mask.bool(), normal, index, weights, ids))
     return remotes

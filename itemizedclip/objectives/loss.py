@@ -7,6 +7,7 @@ D joint width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ TERMS = ("ila", "kta", "mps", "iis")
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
-    """Weights of the objectives; a weight of 0 switches the term off, and nothing else does."""
+    """Weights of the objectives; a weight of 0 switches the term off, and nothing but --baseline else does."""
 
     ila_weight: float = 1.0
     """Item local alignment (paper: ILA)."""
@@ -57,6 +58,9 @@ class ObjectiveOptions:
     mask_duplicates: bool = False
     """A negative whose text reads like one of the image's own items carries no loss (not in the paper)."""
 
+    baseline: Literal["none", "clip", "siglip", "flair"] = "none"
+    """Train by another method instead, to compare; the rest of this group does not apply then."""
+
     def __post_init__(self) -> None:
         for name in ("ila_weight", "kta_weight", "mps_weight", "iis_weight"):
             if getattr(self, name) < 0:
@@ -69,6 +73,23 @@ class ObjectiveOptions:
             raise ValueError(f"worst_positive_factor is {self.worst_positive_factor}; expected more than 0 (1 = off)")
         if self.ila_weight == self.kta_weight == self.mps_weight == 0:
             raise ValueError("ila_weight, kta_weight and mps_weight are all 0: nothing aligns images and items")
+
+    @property
+    def uses_head(self) -> bool:
+        """Whether any term asks the item-conditioned attention."""
+        if self.baseline != "none":
+            return self.baseline == "flair"
+        return bool(self.ila_weight or self.kta_weight or self.iis_weight)
+
+    @property
+    def scoring(self) -> Literal["tcsim", "global"]:
+        """How a model trained like this is to be evaluated: by its head, or by the cosine of global features."""
+        return "tcsim" if self.uses_head else "global"
+
+    @property
+    def uses_bias(self) -> bool:
+        """Whether the logit bias β takes part; a softmax has none."""
+        return self.baseline != "clip"
 
     def num_key_tokens(self, num_tokens: int) -> int | None:
         """Key tokens per query among L tokens, at least 1; None when KTA is off."""

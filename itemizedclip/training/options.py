@@ -121,7 +121,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class ObjectiveSettings(ObjectiveOptions):
-    """Weights of the objectives; a weight of 0 switches the term off, and nothing else does."""
+    """Weights of the objectives; a weight of 0 switches the term off, and nothing but --baseline else does."""
 
     ila_weight: Annotated[float, tyro.conf.arg(aliases=("--ila-fac",))] = ObjectiveOptions.ila_weight
     ila_keep_rate: Annotated[float, tyro.conf.arg(aliases=("--ila-mask-rate",))] = ObjectiveOptions.ila_keep_rate

@@ -193,11 +193,12 @@ def build(
 
 
 def freeze_unused(model: DualEncoder, options: RunOptions) -> None:
-    """Freeze the head when no term uses it: DDP would wait for its gradients for ever."""
-    objective = options.objective
-    if not (objective.ila_weight or objective.kta_weight or objective.iis_weight):
-        logger.info("the weights of ILA, KTA and IIS are 0: the head takes no part and stays as it is")
+    """Freeze the head, or the logit bias, when no term uses it: DDP would wait for its gradients for ever."""
+    if not options.objective.uses_head:
+        logger.info("no objective asks the head (the weights of ILA, KTA and IIS are 0): it stays as it is")
         model.head.requires_grad_(False)
+    if not options.objective.uses_bias:
+        model.logit_bias.requires_grad_(False)
 
 
 def compile_towers(model: DualEncoder) -> None:

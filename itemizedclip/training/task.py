@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from itemizedclip.data.batch import ItemBatch
 from itemizedclip.models.dual_encoder import DualEncoder
+from itemizedclip.objectives.baselines import baseline_losses, flair_options
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions, itemized_losses
 from itemizedclip.objectives.terms import text_ids
 
@@ -51,7 +52,7 @@ class ItemizedTask(nn.Module):
         if num_chunks < 1:
             raise ValueError(f"num_chunks is {num_chunks}; expected at least 1")
         self.model = model
-        self.objective = objective
+        self.objective = flair_options(objective) if objective.baseline == "flair" else objective
         self.num_chunks = num_chunks
         self.image_is_frozen = is_frozen(model.image_tower())
         self.text_is_frozen = is_frozen(model.text_tower())
@@ -91,7 +92,10 @@ class ItemizedTask(nn.Module):
         )
         scale = self.model.logit_scale.float().exp()
         bias = self.model.logit_bias.float()
-        losses = itemized_losses(self.model.head, inputs, scale, bias, self.objective)
+        if self.objective.baseline == "none":
+            losses = itemized_losses(self.model.head, inputs, scale, bias, self.objective)
+        else:
+            losses = baseline_losses(inputs, scale, bias, self.objective)
         return {**losses, "logit_scale": scale.detach(), "logit_bias": bias.detach()}
 
     def _encode_image(self, images: Tensor, series_names: Tensor | None) -> tuple[Tensor, Tensor]:

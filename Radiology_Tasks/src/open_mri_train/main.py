@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
             UsableStudies(valid_split, rows),
             create_tokenizer(model.config),
             name=files.valid_json.stem,
+            scoring=options.objective.scoring,
             # Studies differ in their number of series.
             encoding=EncodingOptions(batch_size=1, num_workers=options.loading.workers),
         )
