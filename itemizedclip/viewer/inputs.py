@@ -33,6 +33,36 @@ Unit = Literal["rgb", "grey", "hu"]
 
 
 @dataclass(frozen=True)
+class FileGrid:
+    """The voxel grid of the file that a series was read from, whose axes lie in another order there.
+
+    A view holds the file's voxels, none added or lost, with its axes permuted and flipped. So a map that lies over the
+    view can be written to lie over the file, with the file's own shape and affine.
+
+    Attributes:
+        shape: voxels (i, j, k) of the file.
+        affine: float64 (4, 4), voxel (i, j, k) → world, mm, RAS+.
+        view_axis: for each axis of the file, the axis of the view (0 = D, 1 = H, 2 = W) that it became.
+        flipped: for each axis of the file, whether the view runs along it backwards.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    view_axis: tuple[int, int, int]
+    flipped: tuple[bool, bool, bool]
+
+    def from_view(self, values: np.ndarray) -> np.ndarray:
+        """(D, H, W) of the view → (i, j, k) of the file, a view of the same memory."""
+        turned = values.transpose(self.view_axis)
+        return np.flip(turned, tuple(axis for axis in range(3) if self.flipped[axis]))
+
+    def to_view(self, voxels: np.ndarray) -> np.ndarray:
+        """(i, j, k) of the file → (D, H, W) of the view, a view of the same memory."""
+        straight = np.flip(voxels, tuple(axis for axis in range(3) if self.flipped[axis]))
+        return straight.transpose(np.argsort(self.view_axis))
+
+
+@dataclass(frozen=True)
 class InputView:
     """One picture, or one series of a study, at its own size.
 
@@ -44,6 +74,8 @@ class InputView:
         spacing_mm: between voxel centres along (D, H, W), mm; None when the file does not say.
         affine: float64 (4, 4), voxel (d, h, w) of `values` → world, mm, RAS+ as in NIfTI; None when the file does not
             say.
+        window_hu: HU that the model saw as black and as white; None where values are no HU.
+        file_grid: how the voxels lie in the file; None for a picture, and for a file without a grid in the world.
     """
 
     name: str
@@ -52,6 +84,8 @@ class InputView:
     geometry: Geometry
     spacing_mm: tuple[float, float, float] | None = None
     affine: np.ndarray | None = None
+    window_hu: tuple[float, float] | None = None
+    file_grid: FileGrid | None = None
 
 
 @dataclass(frozen=True)

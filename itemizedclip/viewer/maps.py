@@ -190,6 +190,19 @@ class Geometry:
         scale = tuple(s * old / new for s, old, new in zip(self.scale, self.input_size, self._checked(size)))
         return replace(self, input_size=tuple(size), scale=scale)
 
+    def of_input_box(self, start: Sequence[int], size: Sequence[int]) -> Geometry:
+        """The same view, seen from a box of the input alone: one slice, or a slab of slices, of a large volume."""
+        offset = tuple(o - first * s for o, first, s in zip(self.offset, self._checked(start), self.scale))
+        return replace(self, input_size=tuple(self._checked(size)), offset=offset)
+
+    def to_view(self, position: Sequence[float]) -> tuple[float, ...]:
+        """Where a position of the input, between pixel edges, lies in the view."""
+        return tuple(x * s - o for x, s, o in zip(position, self.scale, self.offset))
+
+    def to_input(self, position: Sequence[float]) -> tuple[float, ...]:
+        """Where a position of the view lies in the input."""
+        return tuple((x + o) / s for x, s, o in zip(position, self.scale, self.offset))
+
     def _checked(self, values: Sequence[int]) -> Sequence[int]:
         if len(values) != len(self.input_size):
             raise ValueError(f"expected {len(self.input_size)} numbers, one per axis, got {tuple(values)}")
@@ -234,6 +247,43 @@ def _crop_like(geometry: Geometry, step: Callable[[Tensor], Tensor]) -> Geometry
         first = int((numbers < 0).nonzero()[0])
         start.append(-int(numbers[first]) - 1 - first)
     return geometry.crop(start, cut.shape[1:])
+
+
+def mask_to_view(masks: Tensor | np.ndarray, geometry: Geometry) -> Tensor:
+    """Carry masks the other way, from the input's own pixels into the model's view.
+
+    A pixel of the view belongs to a mask that covers its centre, or that has a pixel whose centre falls into it: so
+    neither enlarging tears holes into a mask nor shrinking loses a thin one.
+
+    Args:
+        masks: bool (..., *input).
+        geometry: how the view was made from the input.
+
+    Returns:
+        bool (..., *view); False where the view is padding.
+    """
+    masks = torch.as_tensor(masks)
+    num_axes = len(geometry.input_size)
+    if masks.dtype != torch.bool or tuple(masks.shape[masks.dim() - num_axes :]) != geometry.input_size:
+        raise ValueError(f"masks are {masks.dtype} {tuple(masks.shape)}; expected bool (…, {geometry.input_size})")
+    covered = torch.zeros((*masks.shape[: masks.dim() - num_axes], *geometry.view_size), dtype=torch.bool)
+    gathered, inside_view = masks, []
+    for axis, (size, view, scale, offset) in enumerate(
+        zip(geometry.input_size, geometry.view_size, geometry.scale, geometry.offset)
+    ):
+        at = ((torch.arange(view, dtype=torch.float64) + 0.5 + offset) / scale).floor().long()
+        inside_view.append((at >= 0) & (at < size))
+        gathered = gathered.index_select(axis - num_axes, at.clamp(0, size - 1))
+    for axis, inside in enumerate(inside_view):
+        gathered = gathered & inside.view([-1 if other == axis else 1 for other in range(num_axes)])
+    covered |= gathered
+    points = masks.nonzero()
+    positions = points[:, -num_axes:].double() + 0.5
+    cells = (positions * torch.tensor(geometry.scale) - torch.tensor(geometry.offset)).floor().long()
+    kept = ((cells >= 0) & (cells < torch.tensor(geometry.view_size))).all(1)
+    where = torch.cat([points[kept, :-num_axes], cells[kept]], dim=1)
+    covered[tuple(where.T)] = True
+    return covered
 
 
 def map_to_input(values: Tensor | np.ndarray, geometry: Geometry, mode: Upsampling = "nearest") -> np.ndarray:

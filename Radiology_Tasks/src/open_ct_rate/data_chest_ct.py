@@ -107,11 +107,11 @@ def read_hu(path: Path, options: ChestInput) -> Tensor:
     """
     volume = read_volume(path, memory_map=True)
     check_finite(volume, source=path)
-    shift_hu = _double_rescale_hu(volume, path, options)
+    shift_hu = double_rescale_hu(volume, path, options)
     return volume + shift_hu if shift_hu else volume
 
 
-def _double_rescale_hu(volume: Tensor, path: Path, options: ChestInput) -> float:
+def double_rescale_hu(volume: Tensor, path: Path, options: ChestInput) -> float:
     """HU to add to a whole volume; BadSampleError when it cannot be used."""
     excess_hu = excess_rescale_hu(volume, source=path)
     if excess_hu and options.double_rescale == "refuse":
@@ -174,7 +174,7 @@ def _windowed_crop(
     check_finite(inside, source=path)
     inside_hu = inside.float()
     if not _shows_hu(inside_hu, path):
-        inside_hu = inside_hu + _double_rescale_hu(volume, path, options)
+        inside_hu = inside_hu + double_rescale_hu(volume, path, options)
     box = take_box(inside_hu, [min(s, 0) for s in start], options.size, fill=fill)
     return options.window.apply(box), VoxelMap.of_box(start)
 

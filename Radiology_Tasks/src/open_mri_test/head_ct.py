@@ -127,9 +127,9 @@ def open_rsna(
     several = 0
     incomplete: list[str] = []
     for study in table.ids:
-        series_folders = _series_folders(folders.get(study))
+        series_folders = window_folders(folders.get(study))
         several += len(series_folders) > 1
-        files = _window_files(series_folders[0], "MPR-AX_HEAD-protocol") if series_folders else []
+        files = rsna_window_files(series_folders[0]) if series_folders else []
         if 0 < len(files) < len(WINDOWS):
             incomplete.append(study)
         found.append(Study(study, tuple(files)) if files else None)
@@ -233,8 +233,8 @@ def open_cq500(
     found: list[Study | None] = []
     incomplete: list[str] = []
     for study in table.ids:
-        series_folders = _series_folders(folders.get(study))
-        files = [file for folder in series_folders for file in _window_files(folder, f"{folder.name}_AX")]
+        series_folders = window_folders(folders.get(study))
+        files = [file for folder in series_folders for file in cq500_window_files(folder)]
         if files and len(files) < len(WINDOWS) * len(series_folders):
             incomplete.append(study)
         found.append(Study(study, tuple(files)) if files else None)
@@ -279,11 +279,21 @@ def _folders_by_id(root: Path, normalise_id: Callable[[str], str]) -> dict[str, 
     return folders
 
 
-def _series_folders(study_folder: Path | None) -> list[Path]:
+def window_folders(study_folder: Path | None) -> list[Path]:
     """Folders of a study that hold at least one window."""
     if study_folder is None:
         return []
     return [entry for entry in visible_entries(study_folder) if any((entry / name).is_file() for name in WINDOWS)]
+
+
+def rsna_window_files(folder: Path) -> list[SeriesFile]:
+    """The windows of a series folder, named as RSNA's are."""
+    return _window_files(folder, "MPR-AX_HEAD-protocol")
+
+
+def cq500_window_files(folder: Path) -> list[SeriesFile]:
+    """The windows of a series folder, named after it as CQ500's are."""
+    return _window_files(folder, f"{folder.name}_AX")
 
 
 def _window_files(folder: Path, prefix: str) -> list[SeriesFile]:

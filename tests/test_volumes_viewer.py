@@ -1,0 +1,441 @@
+"""Inputs of 3-D studies: what the readers make of files, and the way from a token back to the file's own voxels."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+import torch
+import torch.nn.functional as F
+from open_ct_rate.data_chest_ct import ChestInput, load_chest_volume
+from open_mri.cohort import write_head_ct_benchmarks, write_pub_brain_5, write_studies
+from open_mri.inputs import HEAD_WINDOWS_HU, _at_chest_spacing, body_of, open_input
+from open_mri.scans import Scan, find_dicom_series, looks_like_hu, orient, read_dicom, read_nifti, series_text
+from open_mri.series_names import encode_series_names
+from open_mri.studies import SeriesFile, load_study
+from open_mri.volumes import GREY_MEAN, GREY_STD
+from scan_files import affine_of, brain_phantom, chest_phantom, world_of, write_dicom, write_nifti
+
+from itemizedclip.data.batch import BadSampleError
+from itemizedclip.models.factory import LoadedModel, load_model_config
+from itemizedclip.viewer.inputs import ModelInput
+from itemizedclip.viewer.maps import Geometry, map_to_input
+
+BRAIN_PATCH, CHEST_PATCH = (8, 16, 16), (8, 24, 24)
+
+
+def model(name: str) -> LoadedModel:
+    """Readers need no weights."""
+    return LoadedModel(None, load_model_config(name), None)  # type: ignore[arg-type]
+
+
+BRAIN, CHEST = model("HLIPSN_debug"), model("CTRATE_HLIP_debug")
+
+
+def spot_in_image(image: torch.Tensor) -> tuple[int, int, int]:
+    """Centre of the brightest voxels of (1, D, H, W)."""
+    bright = (image[0] >= image.max() - 0.2).nonzero().double().mean(0)
+    return tuple(int(x) for x in bright.round())
+
+
+def token_map(image: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
+    """A map (d, h, w) that is 1 where the image is brightest."""
+    cells = [n // p for n, p in zip(image.shape[1:], patch)]
+    values = torch.zeros(cells)
+    values[tuple(at // p for at, p in zip(spot_in_image(image), patch))] = 1
+    return values
+
+
+def world_distance(view_index, view, spot) -> np.ndarray:
+    """Distance along each axis of the view, in its voxels, of a voxel from a world point."""
+    at = np.linalg.inv(view.affine) @ np.append(spot, 1)
+    return np.abs(np.array(view_index) - at[:3])
+
+
+def peak_of(values: np.ndarray) -> tuple[int, ...]:
+    """The middle of the largest values."""
+    found = np.argwhere(values >= np.nanmax(values) - 1e-6)
+    return tuple(found.mean(0))
+
+
+def check_way_back(opened: ModelInput, number: int, patch, spot, mode) -> None:
+    """Where the model's input is brightest, a map's peak comes back to the spot, within one patch."""
+    view, image = opened.views[number], opened.image[number]
+    assert view.geometry.input_size == view.values.shape
+    values = map_to_input(token_map(image, patch), view.geometry, mode)
+    assert values.shape == view.values.shape
+    patch_in_file = np.array(patch) / np.array(view.geometry.scale)
+    assert (world_distance(peak_of(values), view, spot) <= patch_in_file).all()
+    # The view itself shows the spot where the world says it is, to a voxel or two.
+    shown = np.argwhere(view.values == view.values.max()).mean(0)
+    assert (world_distance(shown, view, spot) <= 1.5).all()
+
+
+# --- the way back ----------------------------------------------------------------------------------------------------
+
+SPOT = np.array([14.0, -9.0, 7.0])
+
+
+@pytest.mark.parametrize("mode", ["nearest", "smooth"])
+@pytest.mark.parametrize(
+    ("codes", "shape", "spacing", "tilt"),
+    [
+        ("RPI", (90, 100, 24), (1.0, 1.0, 4.0), 0.0),
+        ("LAS", (81, 97, 21), (1.1, 1.0, 4.2), 0.0),  # as dcm2niix writes, odd sizes
+        ("ASL", (96, 96, 20), (1.0, 1.0, 4.0), 0.0),  # sagittal
+        ("RSA", (70, 84, 25), (1.2, 1.1, 3.7), 0.0),  # coronal
+        ("LPS", (90, 100, 24), (1.0, 1.0, 4.0), 0.35),  # oblique
+        ("PIR", (30, 88, 90), (3.2, 1.0, 1.0), -0.3),  # slices along the file's first axis
+        ("RAS", (84, 90, 86), (1.0, 1.0, 1.0), 0.0),  # isotropic
+    ],
+)
+def test_brain_nifti_of_any_orientation(tmp_path, codes, shape, spacing, tilt, mode):
+    affine = affine_of(codes, spacing, shape, tilt)
+    path = write_nifti(tmp_path / "sub-1-T1.nii.gz", brain_phantom(world_of(shape, affine), SPOT), affine)
+    opened = open_input(path, BRAIN)
+    assert tuple(opened.image.shape) == (1, 1, 16, 64, 64)
+    check_way_back(opened, 0, BRAIN_PATCH, SPOT, mode)
+    grid = opened.views[0].file_grid
+    assert grid.shape == shape
+    np.testing.assert_allclose(grid.affine, affine, atol=1e-5)
+    # View and file are the same voxels: the view's affine says the same of every voxel as the file's.
+    rng = np.random.default_rng(0)
+    original = np.asarray(nibabel.load(path).dataobj).astype(float)
+    high = np.percentile(original, 99.5)
+    back = grid.from_view(opened.views[0].values)
+    assert back.shape == shape
+    for index in rng.integers(0, shape, (20, 3)):
+        assert abs(back[tuple(index)] - min(original[tuple(index)], high) * 255 / high) <= 0.5
+    np.testing.assert_array_equal(grid.to_view(back), opened.views[0].values)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "smooth"])
+@pytest.mark.parametrize("fit", ["crop", "resize"])
+@pytest.mark.parametrize(
+    ("codes", "shape", "spacing", "tilt"),
+    [
+        ("LPS", (110, 104, 60), (1.0, 1.0, 2.0), 0.0),  # larger in-plane, 40 slices of 3 mm
+        ("LPS", (131, 120, 33), (0.83, 0.9, 1.7), 0.0),  # odd, fewer slices than the model's
+        ("RAS", (90, 81, 45), (1.0, 1.0, 2.5), 0.0),  # smaller than the model's
+        ("SLP", (40, 110, 100), (3.0, 1.0, 1.0), 0.0),  # permuted
+        ("LPS", (110, 104, 50), (1.0, 1.0, 2.0), 0.25),
+    ],
+)
+def test_chest_nifti_of_any_size_and_orientation(tmp_path, codes, shape, spacing, tilt, fit, mode):
+    affine = affine_of(codes, spacing, shape, tilt)
+    path = write_nifti(tmp_path / "scan.nii.gz", chest_phantom(world_of(shape, affine), SPOT), affine)
+    opened = open_input(path, CHEST, ChestInput(fit=fit))
+    assert tuple(opened.image.shape) == (1, 1, 32, 96, 96)
+    view = opened.views[0]
+    assert (view.unit, view.window_hu) == ("hu", (-1150, 350))
+    check_way_back(opened, 0, CHEST_PATCH, SPOT, mode)
+    np.testing.assert_array_equal(view.file_grid.from_view(view.values), nibabel.load(path).dataobj)
+
+
+@pytest.mark.parametrize("shape", [(32, 96, 96), (41, 131, 101), (23, 77, 90), (33, 95, 97)])
+@pytest.mark.parametrize("fit", ["crop", "resize"])
+def test_chest_tensor_is_what_the_evaluation_reads(tmp_path, shape, fit):
+    affine = affine_of("SPL", (3.0, 1.0, 1.0), shape)
+    hu = chest_phantom(world_of(shape, affine), SPOT)
+    torch.save(torch.from_numpy(hu).half(), tmp_path / "valid_1_a_1.pt")
+    options = ChestInput(fit=fit, size=(32, 96, 96))
+    opened = open_input(tmp_path / "valid_1_a_1.pt", CHEST, options)
+    expected = load_chest_volume(tmp_path / "valid_1_a_1.pt", options)
+    torch.testing.assert_close(opened.image, expected.image, rtol=0, atol=1e-6)
+    view = opened.views[0]
+    assert view.spacing_mm == (3, 1, 1)
+    assert view.affine is None
+    assert view.file_grid is None
+    np.testing.assert_array_equal(view.values, hu)
+    values = map_to_input(token_map(opened.image[0], CHEST_PATCH), view.geometry)
+    at = (np.linalg.inv(affine) @ np.append(SPOT, 1))[:3]
+    assert (np.abs(np.array(peak_of(values)) - at) <= np.array(CHEST_PATCH) / view.geometry.scale).all()
+
+
+def test_geometry_agrees_with_the_converters_resampling():
+    """A ramp over the rows of a scan, resampled: its values say where each voxel of the model's view comes from."""
+    shape, spacing = (101, 120, 30), (0.8, 0.7, 2.5)
+    affine = affine_of("LPS", spacing, shape)
+    ramp = np.broadcast_to(np.arange(120)[None, :, None], shape)
+    scan = orient(Scan("", ramp.astype(np.float32), affine, Path("x")), "LPS")
+    size = tuple(int(n * own / wanted) for n, own, wanted in zip(shape[::-1], scan.spacing_mm, (3, 1, 1)))
+    moved = F.interpolate(torch.from_numpy(scan.voxels.copy())[None, None], size=size, mode="trilinear")[0, 0]
+    _, geometry = _at_chest_spacing(
+        torch.from_numpy(scan.voxels.copy()), scan.spacing_mm, Geometry.of_input(scan.voxels.shape)
+    )
+    rows = [geometry.to_input((0.5, y + 0.5, 0.5))[1] - 0.5 for y in range(1, size[1] - 1)]
+    np.testing.assert_allclose(moved[0, 1:-1, 0], rows, atol=1e-3)
+
+
+# --- what readers make of files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codes", ["RPI", "LPS", "RAS", "ASL", "PIR"])
+@pytest.mark.parametrize("largest", [0, 1, 2])
+def test_orientation_equals_simpleitk(tmp_path, codes, largest):
+    """RPI and the axis of the largest spacing first, by SimpleITK's own orientation filter."""
+    rng = np.random.default_rng(1)
+    shape, spacing = (5, 6, 7), [1.0, 1.0, 1.0]
+    spacing[largest] = 3.0
+    affine = affine_of(codes, tuple(spacing), shape, tilt=0.2)
+    path = write_nifti(tmp_path / "a.nii", rng.integers(0, 99, shape).astype(np.int16), affine)
+    image = sitk.DICOMOrient(sitk.ReadImage(str(path)), "RPI")
+    array, mm = sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
+    turned = orient(read_nifti(path), "RPI", largest_spacing_first=True)
+    np.testing.assert_array_equal(turned.voxels, np.moveaxis(array, int(np.argmax(np.round(mm, 3))), 0))
+    assert turned.spacing_mm[0] == pytest.approx(3.0, abs=1e-4)
+    chest = orient(read_nifti(path), "LPS")
+    expected = sitk.GetArrayFromImage(sitk.DICOMOrient(sitk.ReadImage(str(path)), "LPS"))
+    np.testing.assert_array_equal(chest.voxels, expected)
+
+
+def test_mri_grey_values_are_the_converters(tmp_path):
+    """Percentiles, scaling and resampling, by hand."""
+    shape = (60, 70, 16)
+    affine = affine_of("RPI", (1.0, 1.0, 5.0), shape)
+    rng = np.random.default_rng(0)
+    voxels = (brain_phantom(world_of(shape, affine), SPOT) + rng.integers(0, 40, shape)).astype(np.int16)
+    opened = open_input(write_nifti(tmp_path / "AX_FLAIR.nii.gz", voxels, affine), BRAIN)
+    array = voxels.transpose(2, 1, 0).astype(np.float64)
+    low, high = np.percentile(array, 0.5), np.percentile(array, 99.5)
+    unit = (np.clip(array, low, high) - low) / (high - low)
+    square = np.pad(unit, ((0, 0), (0, 0), (5, 5)))
+    resized = F.interpolate(torch.from_numpy(square).float()[:, None], size=(73, 73), mode="bilinear")[:, 0]
+    expected = (resized[:, 4:68, 4:68] - GREY_MEAN) / GREY_STD
+    torch.testing.assert_close(opened.image[0, 0], expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(opened.views[0].values, unit * 255, atol=0.5001)
+    assert [view.name for view in opened.views] == ["AX_FLAIR"]
+    assert torch.equal(opened.series_names, encode_series_names(["AX_FLAIR"]))
+
+
+def test_folder_of_nifti_files_is_one_study(tmp_path):
+    for name, codes in (("b-T2", "LAS"), ("a_sag_T1", "ASL"), ("tumour_seg", "LAS")):
+        shape = (40, 44, 12)
+        affine = affine_of(codes, (1.0, 1.0, 4.0), shape)
+        write_nifti(tmp_path / "study" / f"{name}.nii.gz", brain_phantom(world_of(shape, affine), SPOT), affine)
+    (tmp_path / "study" / "broken.nii.gz").write_bytes(b"no gzip")
+    opened = open_input(tmp_path / "study", BRAIN)
+    assert [view.name for view in opened.views] == ["a_sag_T1", "AX_T2"]
+    assert opened.views[0].values.shape == (12, 44, 40)  # slices from right to left, rows from head to foot
+    assert any("tumour_seg" in note for note in opened.notes)
+    assert any("broken.nii.gz" in note and "not a readable NIfTI" in note for note in opened.notes)
+
+
+def test_series_folders_of_the_published_converter(tmp_path):
+    shape = (20, 22, 10)
+    affine = affine_of("RPI", (1.0, 1.0, 4.0), shape)
+    voxels = brain_phantom(world_of(shape, affine), SPOT * 0)
+    write_nifti(tmp_path / "T1_POST" / "nifti" / "SERIES.nii.gz", voxels, affine)
+    assert open_input(tmp_path, BRAIN).views[0].name == "AX_T1_POST"
+
+
+def test_four_axes_take_the_first_volume(tmp_path):
+    shape = (30, 32, 12)
+    affine = affine_of("RPI", (1.0, 1.0, 4.0), shape)
+    first = brain_phantom(world_of(shape, affine), SPOT * 0)
+    write_nifti(tmp_path / "dwi.nii.gz", np.stack([first, first * 0], -1), affine)
+    opened = open_input(tmp_path / "dwi.nii.gz", BRAIN)
+    assert opened.views[0].values.max() == 255
+    assert any("30×32×12×2 voxels; the first volume" in note for note in opened.notes)
+
+
+def test_head_ct_becomes_three_windows(tmp_path):
+    shape = (60, 70, 20)
+    affine = affine_of("LPS", (1.0, 1.0, 5.0), shape)
+    hu = chest_phantom(world_of(shape, affine) * 1.3, SPOT)
+    write_nifti(tmp_path / "head.nii.gz", hu, affine)
+    opened = open_input(tmp_path / "head.nii.gz", BRAIN)
+    assert [view.name for view in opened.views] == [f"head_AX_{word}" for word in HEAD_WINDOWS_HU]
+    for number, window in enumerate(HEAD_WINDOWS_HU.values()):
+        view = opened.views[number]
+        assert (view.unit, view.window_hu) == ("hu", (window.hu_min, window.hu_max))
+        values = opened.image[number] * GREY_STD + GREY_MEAN
+        assert -1e-5 <= values.min() < values.max() <= 1 + 1e-5
+    # Soft tissue of 40 HU is mid-grey in the brain window and nearly black in the bone window's fifth.
+    brain, bone = (opened.image[n] * GREY_STD + GREY_MEAN for n in (2, 1))
+    assert ((brain - 0.5).abs() < 0.01).float().mean() > 0.1
+    assert ((bone - 840 / 2800).abs() < 0.01).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("layout", ["study", "series", "file"])
+def test_tensor_layouts_equal_the_evaluations_reader(tmp_path, layout):
+    write_studies(tmp_path / "mri", kind="mri", num_train=1, num_valid=1, with_margin=True)
+    write_pub_brain_5(tmp_path / "pb", num_studies=2)
+    study = next((tmp_path / "mri" / "train").iterdir())
+    folders = sorted(study.iterdir())
+    source = {"study": study, "series": folders[0], "file": folders[0] / "img.pt"}[layout]
+    opened = open_input(source, BRAIN)
+    used = folders if layout == "study" else folders[:1]
+    expected = load_study("x", [SeriesFile(f.name, f / "img.pt") for f in used], size=(16, 64, 64))
+    assert torch.equal(opened.image, expected.image)
+    assert torch.equal(opened.series_names, expected.series_names)
+    np.testing.assert_array_equal(opened.views[0].values, torch.load(folders[0] / "img.pt").numpy())
+    if layout == "study":
+        scans = tmp_path / "pb" / "pub_brain_5" / "stroke" / "sub-00001"
+        opened = open_input(scans, BRAIN)
+        files = [SeriesFile("AX_" + p.stem.rsplit("-", 1)[-1], p) for p in sorted(scans.iterdir())]
+        expected = load_study("x", files, size=(16, 64, 64), prepare="resample")
+        assert torch.equal(opened.image, expected.image)
+        assert [view.name for view in opened.views] == expected.names
+
+
+def test_head_ct_benchmarks_keep_their_names(tmp_path):
+    write_head_ct_benchmarks(tmp_path, num_studies=2)
+    rsna = next(path for path in (tmp_path / "rsna").iterdir() if path.name.startswith("RSNA_"))
+    names = [f"MPR-AX_HEAD-protocol_{window}Window" for window in ("Blood", "Bone", "Brain")]
+    assert [view.name for view in open_input(rsna, BRAIN).views] == names
+    series = next(iter(sorted(rsna.iterdir())))
+    assert [view.name for view in open_input(series / "img_bone.pt", BRAIN).views] == names[1:2]
+    cq500 = tmp_path / "cq500" / "CQ500CT001"
+    expected = [f"{s}_AX_{w}Window" for s in ("CT_Plain", "CT_Thin") for w in ("Blood", "Bone", "Brain")]
+    assert [view.name for view in open_input(cq500, BRAIN).views] == expected
+
+
+def test_double_rescale_is_refused_or_undone(tmp_path):
+    shape = (100, 100, 40)
+    affine = affine_of("LPS", (1.0, 1.0, 3.0), shape)
+    path = write_nifti(tmp_path / "v2.nii.gz", chest_phantom(world_of(shape, affine), SPOT) - 1024, affine)
+    with pytest.raises(BadSampleError, match="HU minus 1024"):
+        open_input(path, CHEST)
+    opened = open_input(path, CHEST, ChestInput(double_rescale="undo"))
+    assert opened.views[0].values.min() == -1000
+    assert any("rescaled twice" in note for note in opened.notes)
+
+
+def test_ct_rate_files_keep_their_stored_order(tmp_path):
+    shape = (100, 90, 40)
+    affine = affine_of("RAS", (1.0, 1.0, 3.0), shape)
+    hu = chest_phantom(world_of(shape, affine), SPOT)
+    opened = open_input(write_nifti(tmp_path / "valid_1_a_1.nii.gz", hu, affine), CHEST)
+    np.testing.assert_array_equal(opened.views[0].values, hu.transpose(2, 1, 0))
+    np.testing.assert_allclose(opened.views[0].affine, affine[:, [2, 1, 0, 3]], atol=1e-5)
+    renamed = open_input(write_nifti(tmp_path / "scan.nii.gz", hu, affine), CHEST)
+    np.testing.assert_array_equal(renamed.views[0].values, hu.transpose(2, 1, 0)[:, ::-1, ::-1])
+
+
+def test_what_is_no_scan(tmp_path):
+    with pytest.raises(BadSampleError, match="no such file or folder"):
+        open_input(tmp_path / "nowhere", BRAIN)
+    with pytest.raises(BadSampleError, match="holds no scan"):
+        open_input(tmp_path, CHEST)
+    flat = write_nifti(tmp_path / "flat.nii", np.zeros((9, 9), np.int16), np.eye(4))
+    with pytest.raises(BadSampleError, match="expected a NIfTI volume of slices"):
+        open_input(flat, CHEST)
+    singular = np.eye(4)
+    singular[0, 0] = 0
+    bad = nibabel.Nifti1Image(np.zeros((9, 9, 9), np.int16), None)
+    bad.header.set_sform(singular, code=1)
+    nibabel.save(bad, tmp_path / "singular.nii")
+    with pytest.raises(BadSampleError, match="its affine has no inverse"):
+        open_input(tmp_path / "singular.nii", BRAIN)
+    nans = np.full((9, 9, 9), np.nan, np.float32)
+    with pytest.raises(BadSampleError, match="729 of 729 values are NaN"):
+        open_input(write_nifti(tmp_path / "nan.nii", nans, np.eye(4)), CHEST)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(BadSampleError, match="holds no scan"):
+        open_input(tmp_path / "notes.txt", BRAIN)
+    for number in range(2):
+        torch.save(torch.zeros(4, 4, 4), tmp_path / f"{number}.pt")
+    with pytest.raises(BadSampleError, match="holds 2 scans, and a chest model reads one"):
+        open_input(tmp_path, CHEST)
+
+
+def test_which_body_a_model_reads():
+    names = ("HLIPSN_BiomedBERT_81616_itemizedclip", "CTRATE_HLIP_BiomedBERT_itemizedclip")
+    assert [body_of(load_model_config(name)) for name in names] == ["brain", "chest"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t1 mprage", "AX_t1_mprage"), ("SAG T2", "SAG_T2"), ("Axial FLAIR", "Axial_FLAIR"), ("max_b", "AX_max_b"),
+        ("", "AX_series"),
+    ],
+)
+def test_series_text(name, text):
+    assert series_text(name, "AX") == text
+
+
+def test_units_are_told_apart():
+    grid = world_of((40, 40, 20), affine_of("LPS", (2.5, 2.5, 4.0), (40, 40, 20)))
+    assert looks_like_hu(chest_phantom(grid, SPOT))
+    assert not looks_like_hu(brain_phantom(grid, SPOT))
+
+
+# --- DICOM -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("codes", "tilt"), [("LPS", 0.0), ("LPI", 0.0), ("LPS", 0.2)])
+def test_dicom_chest(tmp_path, codes, tilt):
+    """Slices in any order of file names, with a localizer and a report beside them."""
+    shape, spacing = (104, 100, 30), (1.0, 1.0, 3.3)
+    affine = affine_of(codes, spacing, shape, tilt)
+    hu = chest_phantom(world_of(shape, affine), SPOT)
+    write_dicom(tmp_path / "exam" / "series", hu, affine, number=2)
+    write_dicom(tmp_path / "exam" / "scout", hu[:, :, :1], affine, description="scout", kind="LOCALIZER", number=1)
+    (tmp_path / "exam" / "readme.md").write_text("not DICOM")
+    opened = open_input(tmp_path / "exam", CHEST)
+    assert any("scout: a localizer" in note for note in opened.notes)
+    view = opened.views[0]
+    for mode in ("nearest", "smooth"):
+        check_way_back(opened, 0, CHEST_PATCH, SPOT, mode)
+    # As the same voxels in a NIfTI file.
+    nifti = open_input(write_nifti(tmp_path / "same.nii.gz", hu, affine), CHEST)
+    np.testing.assert_array_equal(view.values, nifti.views[0].values)
+    np.testing.assert_allclose(view.affine, nifti.views[0].affine, atol=1e-3)
+    torch.testing.assert_close(opened.image, nifti.image, atol=1e-3, rtol=0)
+
+
+def test_dicom_study_of_several_mri_series(tmp_path):
+    for number, (name, codes) in enumerate((("T2 FLAIR", "LPS"), ("t1_sag", "PIL"))):
+        shape = (60, 56, 12)
+        affine = affine_of(codes, (1.0, 1.0, 5.0), shape)
+        voxels = brain_phantom(world_of(shape, affine), SPOT)
+        write_dicom(tmp_path, voxels, affine, description=name, modality="MR", number=number + 1)
+    opened = open_input(tmp_path, BRAIN)
+    assert [view.name for view in opened.views] == ["AX_T2_FLAIR", "t1_sag"]
+    for number, mode in itertools.product(range(2), ("nearest", "smooth")):
+        check_way_back(opened, number, BRAIN_PATCH, SPOT, mode)
+
+
+def test_dicom_series_are_chosen_by_a_file(tmp_path):
+    shape = (100, 100, 32)
+    affine = affine_of("LPS", (1.0, 1.0, 3.0), shape)
+    hu = chest_phantom(world_of(shape, affine), SPOT)
+    for number, name in enumerate(("lung", "soft"), start=1):
+        write_dicom(tmp_path, hu, affine, description=name, number=number)
+    with pytest.raises(BadSampleError, match=r"holds 2 scans.*(?s:.)*lung, CT, 32 slices.*(?s:.)*soft, CT, 32 slices"):
+        open_input(tmp_path, CHEST)
+    opened = open_input(tmp_path / "s2_000.dcm", CHEST)
+    assert opened.views[0].name == "soft"
+    assert opened.views[0].values.shape == (32, 100, 100)
+
+
+def test_dicom_remarks(tmp_path):
+    shape = (64, 64, 20)
+    affine = affine_of("LPS", (2.0, 2.0, 5.0), shape)
+    hu = chest_phantom(world_of(shape, affine), SPOT)
+    write_dicom(tmp_path / "gap", hu, affine, drop=(7,))
+    one = find_dicom_series(tmp_path / "gap")[0]
+    assert one.num_slices == 19
+    assert any("unevenly spaced, 5.00 to 10.00 mm" in note for note in read_dicom(one).notes)
+    write_dicom(tmp_path / "thin", hu[:, :, :5], affine)
+    assert find_dicom_series(tmp_path / "thin")[0].reason == "5 slices, fewer than 8"
+    # Two images at every position, as in diffusion imaging.
+    uid = write_dicom(tmp_path / "twice", hu, affine, number=3)
+    for path in sorted((tmp_path / "twice").iterdir()):
+        data = pydicom.dcmread(path)
+        data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+        data.InstanceNumber += 100
+        data.PixelData = b"\0" * len(data.PixelData)
+        pydicom.dcmwrite(path.with_stem(f"again_{path.stem}"), data)
+    one = find_dicom_series(tmp_path / "twice")[0]
+    assert (one.uid, one.num_slices) == (uid, 20)
+    scan = read_dicom(one)
+    np.testing.assert_array_equal(scan.voxels, hu)
+    assert any("40 files at 20 positions" in note for note in scan.notes)
