@@ -20,7 +20,7 @@ import webdataset
 from images_2d import shard_index, webdataset_shards
 from images_2d.packed_items import PackedItems
 from images_2d.shard_index import expand_shards, fallback_items, item_index, listed_counts, open_shards, read_shard
-from images_2d.webdataset_shards import ShardDataset, ShardSampler, ShardSource
+from images_2d.webdataset_shards import ShardDataset, ShardSampler
 from natural_files import ShardFolder, sample_key, write_shards
 from PIL import Image
 
@@ -28,6 +28,7 @@ from itemizedclip.data.batch import BadSampleError, ItemCollator
 from itemizedclip.data.items import load_item_lists
 from itemizedclip.data.preflight import PreflightError
 from itemizedclip.training.distributed import Ranks
+from itemizedclip.training.loading import MapSource
 from itemizedclip.training.options import LoadingSettings
 
 FIELD = "shortIB_captions"
@@ -609,7 +610,7 @@ def batches(dataset, *, workers=0, rank=0, world_size=1, start_step=0, batch_siz
     sampler = ShardSampler(
         dataset.shard_of, batch_size=batch_size, rank=rank, world_size=world_size, seed=dataset.seed
     )
-    source = ShardSource(dataset, ItemCollator(tokens_of, 3), settings, ranks, sampler)
+    source = MapSource(dataset, ItemCollator(tokens_of, 3), settings, ranks, seed=dataset.seed, sampler=sampler)
     return list(source.epoch(2, start_step))
 
 

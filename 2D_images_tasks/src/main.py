@@ -20,7 +20,7 @@ from typing import Any
 from images_2d.recipes import RECIPES, RsicdRun, ShardRun
 from images_2d.rsicd import RsicdDataset, load_external_captions, resolve_validation_split
 from images_2d.shard_index import expand_shards, open_shards
-from images_2d.webdataset_shards import ShardDataset, ShardSampler, ShardSource
+from images_2d.webdataset_shards import ShardDataset, ShardSampler
 
 from itemizedclip.data.batch import ItemCollator
 from itemizedclip.data.items import load_item_lists
@@ -30,7 +30,7 @@ from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.models.factory import create_model, create_tokenizer, create_transform
 from itemizedclip.training.distributed import Ranks, launch, on_main
 from itemizedclip.training.engine import Evaluator, TrainResult, reported_errors, train
-from itemizedclip.training.loading import BatchSource
+from itemizedclip.training.loading import BatchSource, MapSource
 from itemizedclip.training.options import parse_run
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def shard_data(options: ShardRun, config: dict[str, Any], ranks: Ranks, collator
                 encoding=EncodingOptions(batch_size=min(64, loading.batch_size), num_workers=loading.workers),
             )
         )
-    source = ShardSource(dataset, collator, loading, ranks, sampler)
+    source = MapSource(dataset, collator, loading, ranks, seed=options.run.seed, sampler=sampler)
     return TrainingData(dataset, evaluators, dataset.fingerprint, source)
 
 

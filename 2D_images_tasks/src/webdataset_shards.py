@@ -35,15 +35,12 @@ from images_2d.packed_items import PackedItems
 from images_2d.shard_index import SHARD_REMEDY, ShardIndex, listed_counts, no_index
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from itemizedclip.data.batch import BadSampleError, ItemBatch, ItemSample
+from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.items import diverse_sample, sample_rng, seeded_transforms
 from itemizedclip.data.preflight import PreflightError
-from itemizedclip.data.sampler import CheckedCollator, CheckedDataset, EpochSampler, Key, stable_seed
-from itemizedclip.training.distributed import Ranks
-from itemizedclip.training.loading import MapSource
-from itemizedclip.training.options import LoadingSettings
+from itemizedclip.data.sampler import EpochSampler, Key, stable_seed
 
 logger = logging.getLogger(__name__)
 
@@ -421,39 +418,3 @@ class ShardSampler(EpochSampler):
         for step in range(self.start_step, self.steps_per_epoch):
             start = (step * self.world_size + self.rank) * self.batch_size
             yield from map(tuple, keys[start : start + self.batch_size].tolist())
-
-
-class ShardSource(MapSource):
-    """Batches of a shard dataset in the order of a ShardSampler.
-
-    Args:
-        dataset: keys (epoch, index) → ItemSample.
-        collator: samples → ItemBatch.
-        settings: batch sizes, workers, policy for bad samples.
-        ranks: this process; its device receives the batches.
-        sampler: the order.
-    """
-
-    def __init__(
-        self,
-        dataset: ShardDataset,
-        collator: Callable[[Sequence[ItemSample]], ItemBatch],
-        settings: LoadingSettings,
-        ranks: Ranks,
-        sampler: ShardSampler,
-    ) -> None:
-        self.device = ranks.device
-        self.loads_per_step = settings.accum_batch * settings.accum_freq
-        self.sampler = sampler
-        self.steps_per_epoch = sampler.steps_per_epoch
-        self.loader = DataLoader(
-            CheckedDataset(dataset, seed=sampler.seed, on_bad_sample=settings.on_bad_sample),
-            batch_size=settings.batch_size,
-            sampler=sampler,
-            num_workers=settings.workers,
-            collate_fn=CheckedCollator(collator),
-            persistent_workers=settings.workers > 0,
-            prefetch_factor=max(2, self.loads_per_step) if settings.workers else None,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator().manual_seed(sampler.seed),
-        )

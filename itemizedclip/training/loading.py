@@ -35,7 +35,7 @@ class StepBatch:
 
 
 class BatchSource(Protocol):
-    """Where the engine gets its batches: `MapSource` below for datasets with keys, a wing's own for streams.
+    """Where the engine gets its batches: `MapSource` below for datasets with keys, or one's own.
 
     Attributes:
         steps_per_epoch: optimizer steps of an epoch, the same on every rank.
@@ -57,6 +57,7 @@ class MapSource:
         settings: batch sizes, workers, policy for bad samples.
         ranks: this process; its device receives the batches.
         seed: of the order.
+        sampler: an order of its own, with batches of `settings.step_batch`; by default each epoch a permutation.
     """
 
     def __init__(
@@ -67,10 +68,11 @@ class MapSource:
         ranks: Ranks,
         *,
         seed: int,
+        sampler: EpochSampler | None = None,
     ) -> None:
         self.device = ranks.device
         self.loads_per_step = settings.accum_batch * settings.accum_freq
-        self.sampler = EpochSampler(
+        self.sampler = sampler or EpochSampler(
             len(dataset), batch_size=settings.step_batch, rank=ranks.rank, world_size=ranks.world_size, seed=seed
         )
         self.steps_per_epoch = self.sampler.steps_per_epoch
@@ -81,6 +83,8 @@ class MapSource:
             num_workers=settings.workers,
             collate_fn=CheckedCollator(collator),
             persistent_workers=settings.workers > 0,
+            # A step takes several loads at once: together the workers have at least so many ready.
+            prefetch_factor=max(2, -(-self.loads_per_step // settings.workers)) if settings.workers else None,
             pin_memory=self.device.type == "cuda",
             # Otherwise the loader draws its workers' seed from the generator of the training process.
             generator=torch.Generator().manual_seed(seed),
