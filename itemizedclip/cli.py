@@ -1,6 +1,8 @@
 """The command `itemizedclip`: one subcommand per thing a user does without a wing.
 
     itemizedclip demo       train on itemized scenes, evaluate, draw where each item looked
+    itemizedclip index      encode a folder of images once, so that search finds them
+    itemizedclip search     find images of an index by text, and where each text looked
     itemizedclip report     one image or study and where each of its items looked, as one HTML file
 """
 
@@ -12,6 +14,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": ("itemizedclip.demo", "train on the embedded itemized scenes, evaluate, draw an attention picture"),
+    "index": ("itemizedclip.search.index_command", "encode a folder of images once, so that search finds them"),
+    "search": ("itemizedclip.search.search_command", "find images of an index by text, and where each text looked"),
     "report": ("itemizedclip.report", "one image or study and where each of its items looked, as one HTML file"),
 }
 """Name → (module with `main(argv)`, one line for --help)."""

@@ -24,14 +24,12 @@ from typing import Annotated, Literal
 import tyro
 from images_2d.retrieval_sets import RetrievalSet, Transform, coco_karpathy, coco_val2017, flickr30k
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.evaluation.encoding import EncodingOptions
-from itemizedclip.evaluation.encoding import Progress as OnProgress
 from itemizedclip.evaluation.ranks import RETRIEVAL_CUTOFFS, retrieval_table
-from itemizedclip.evaluation.report import EvaluationReport, file_sha256, format_measure, write_results
+from itemizedclip.evaluation.report import EvaluationReport, file_sha256, format_measure, progress_bar, write_results
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.evaluation.tcsim import Scoring
 from itemizedclip.models.factory import create_transform, load_pretrained, transform_spec
@@ -158,7 +156,7 @@ def evaluate(options: RetrievalOptions) -> dict[str, float]:
                 autocast_dtype=resolve_precision(options.precision, ranks.device).autocast_dtype,
             ),
         )
-        with progress(enabled=ranks.is_main) as evaluator.on_progress, readable_worker_errors():
+        with progress_bar("Reading images", enabled=ranks.is_main) as evaluator.on_progress, readable_worker_errors():
             metrics = evaluator.run(loaded.model.to(ranks.device))
         if ranks.is_main:
             facts = {
@@ -202,16 +200,6 @@ def check_output(path: Path) -> None:
         writable = False
     if not writable:
         raise ValueError(f"{path}: results cannot be written there; give a file in a writable folder with --output")
-
-
-@contextmanager
-def progress(*, enabled: bool) -> Iterator[OnProgress]:
-    """A bar on standard error while images are read; nothing when that is no terminal."""
-    console = Console(stderr=True)
-    columns = TextColumn("Reading images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, to_do: bar.update(task, completed=done, total=to_do)
 
 
 @contextmanager

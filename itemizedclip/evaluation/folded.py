@@ -98,9 +98,9 @@ class FoldedScorer(TextScorer):
         """Scores (B, m) of images with some texts."""
         B, H = len(standardised_BLD), self.num_heads
         asks_aD = self._asks_MHD[texts].flatten(0, 1)  # a = m·H
-        logits_BLa = standardised_BLD @ asks_aD.T + self._offsets_MH[texts].flatten()
+        logits_BaL = asks_aD @ standardised_BLD.transpose(1, 2) + self._offsets_MH[texts].reshape(-1, 1)
         # The zero token: one more logit, 0, whose value is 0.
-        weights_BaL = F.pad(logits_BLa.transpose(1, 2), (0, 1)).softmax(-1)[..., :-1]
+        weights_BaL = F.pad(logits_BaL, (0, 1)).softmax(-1)[..., :-1]
         seen_BmHD = (weights_BaL @ standardised_BLD).unflatten(1, (-1, H))
         on_image_BmH = weights_BaL.sum(-1).view(B, -1, H)
         pooled_BmHd = torch.einsum("bmhD,hdD->bmhd", seen_BmHD, self._value_weight)

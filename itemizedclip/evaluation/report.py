@@ -6,12 +6,17 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from itemizedclip.evaluation.encoding import Progress as OnProgress
 
 Protocol = Literal["corrected", "published"]
 """Whether known defects of the published evaluation are corrected (the default everywhere) or reproduced."""
@@ -87,3 +92,13 @@ def format_measure(name: str, value: float) -> str:
     if "R@" in leaf or leaf.startswith(("top", "complete@")) or leaf in ("pointing_game", "nowhere_share"):
         return f"{100 * value:.1f} %"
     return f"{value:.4f}"
+
+
+@contextmanager
+def progress_bar(label: str, *, enabled: bool) -> Iterator[OnProgress]:
+    """A bar on standard error, fed with (done, to do); nothing when that is no terminal."""
+    console = Console(stderr=True)
+    columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, to_do: bar.update(task, completed=done, total=to_do)
