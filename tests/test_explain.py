@@ -10,7 +10,6 @@ from tiny_model import SIDE, MaskedTinyDataset, TinyDataset, TinyModel, tokenize
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.explain import (
     ExplainEvaluator,
-    item_maps,
     mask_ious,
     mean_map_similarity,
     pointing_hits,
@@ -52,14 +51,6 @@ def test_upsampling_keeps_rows_and_columns_apart():
     assert enlarged.shape == (1, 8, 12)
     peak = int(enlarged.flatten().argmax())
     assert (peak // 12, peak % 12) in {(row, column) for row in range(4, 8) for column in range(4, 8)}
-
-
-def test_maps_and_nowhere_sum_to_one():
-    model, data = TinyModel().eval(), TinyDataset()
-    tokens = model.encode_image(data.images).tokens_BLD
-    items = model.encode_text(tokenize(["red one", "blue two"])).expand(len(tokens), -1, -1)
-    maps = item_maps(model.head, items, tokens)
-    torch.testing.assert_close(maps.maps_BKL.sum(-1) + maps.nowhere_BK, torch.ones(len(tokens), 2))
 
 
 @pytest.mark.parametrize("normalise_tokens", [False, True])

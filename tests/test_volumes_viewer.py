@@ -150,7 +150,8 @@ def test_chest_tensor_is_what_the_evaluation_reads(tmp_path, shape, fit):
     view = opened.views[0]
     assert view.spacing_mm == (3, 1, 1)
     assert view.affine is None
-    assert view.file_grid is None
+    np.testing.assert_array_equal(view.file_grid.affine, np.diag([-1, -1, 3, 1]))
+    assert view.file_grid.shape == shape[::-1]
     np.testing.assert_array_equal(view.values, hu)
     values = map_to_input(token_map(opened.image[0], CHEST_PATCH), view.geometry)
     at = (np.linalg.inv(affine) @ np.append(SPOT, 1))[:3]

@@ -1,7 +1,7 @@
 """The paper's two properties of item attention, and how well attention finds what an item names.
 
-Axes: N images, B images of a batch, K item slots, L = h·w image tokens, H heads, D joint width; Y, X pixel rows and
-columns of the image as the model sees it.
+Axes: N images or studies, B of a batch, K item slots, L = h·w or S·d·h·w tokens, H heads, S series; D joint width and,
+of masks, slices; Y, X pixel rows and columns of the image as the model sees it.
 
 All maps are the head's softmax weights without the zero token, averaged over heads.
 """
@@ -9,6 +9,7 @@ All maps are the head's softmax weights without the zero token, averaged over he
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,40 +33,13 @@ from itemizedclip.evaluation.encoding import (
 from itemizedclip.evaluation.tcsim import float_head
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
+from itemizedclip.viewer.maps import ItemMaps, maps_of_features
 
 FIXED_THRESHOLD = 0.5
 """Pixels above this fraction of their map's maximum count as the item, in `miou`."""
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 """Fractions of the maximum tried for `miou_best`: 0.05 … 0.95, the fixed one among them."""
-
-
-@dataclass(frozen=True)
-class ItemMaps:
-    """What the head says about the items of B images.
-
-    Attributes:
-        tcsim_BK: TCSim of each item with its image.
-        maps_BKL: attention over image tokens, mean over heads.
-        nowhere_BK: share of attention on the zero token, mean over heads; `maps.sum(-1) + nowhere == 1`.
-    """
-
-    tcsim_BK: Tensor
-    maps_BKL: Tensor
-    nowhere_BK: Tensor
-
-
-@torch.no_grad()
-def item_maps(head: ItemAttention, items_BKD: Tensor, tokens_BLD: Tensor) -> ItemMaps:
-    """TCSim and attention of items with their own images, float32."""
-    head, items_BKD = float_head(head), items_BKD.float()
-    projected = head.project(tokens_BLD.float())
-    attention = head.attention_weights(items_BKD, projected)
-    return ItemMaps(
-        tcsim_BK=F.cosine_similarity(items_BKD, head.attend(items_BKD, projected), dim=-1),
-        maps_BKL=attention.tokens.mean(1),
-        nowhere_BK=attention.nowhere.mean(1),
-    )
 
 
 def mean_map_similarity(maps_KL: Tensor) -> float:
@@ -78,37 +52,66 @@ def mean_map_similarity(maps_KL: Tensor) -> float:
     return (unit_KL[first] * unit_KL[second]).sum(-1).mean().item()
 
 
-def upsample_maps(maps_KL: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Maps over h·w tokens → (K, Y, X) pixels, bilinear."""
-    maps_K1hw = maps_KL.reshape(len(maps_KL), 1, *grid)
-    return F.interpolate(maps_K1hw, size=size, mode="bilinear", align_corners=False)[:, 0]
+def upsample_maps(maps_KL: Tensor, grid: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """Maps over a token grid → pixels, linear between patch centres.
 
-
-def pointing_hits(maps_KYX: Tensor, masks_KYX: Tensor, *, tolerance_px: float = 0.0) -> Tensor:
-    """bool (K,): the map's largest value lies inside the mask, or within `tolerance_px` of one of its pixels.
-
-    Distances are between pixel centres. An empty mask is never hit.
+    A grid (h, w) becomes (K, Y, X). A study's (S, d, h, w) becomes (K, S, D, Y, X): series stay apart.
     """
-    X = maps_KYX.shape[-1]
-    peaks = maps_KYX.flatten(1).argmax(1)
-    hits = torch.zeros(len(maps_KYX), dtype=torch.bool)
-    for k, mask in enumerate(masks_KYX):
-        peak = torch.stack([peaks[k] // X, peaks[k] % X])
-        distances = (mask.nonzero() - peak).double().norm(dim=-1)
-        hits[k] = bool((distances <= tolerance_px).any())
+    if len(grid) == 2:
+        maps_K1hw = maps_KL.reshape(len(maps_KL), 1, *grid)
+        return F.interpolate(maps_K1hw, size=size, mode="bilinear", align_corners=False)[:, 0]
+    return F.interpolate(maps_KL.reshape(len(maps_KL), *grid), size=size[1:], mode="trilinear", align_corners=False)
+
+
+def pointing_hits(maps_K: Tensor, masks_K: Tensor, *, tolerance_px: float | Sequence[float] = 0.0) -> Tensor:
+    """bool (K,): the map's largest value lies inside the mask, or near one of its pixels.
+
+    An empty mask is never hit.
+
+    Args:
+        maps_K: (K, Y, X), or any other number of axes.
+        masks_K: bool, of the same shape.
+        tolerance_px: how far the peak may lie from a pixel of the mask, between pixel centres: one number, or one per
+            axis (half axes of an ellipsoid; 0 along an axis allows no step along it).
+    """
+    axes = maps_K.shape[1:]
+    given = [tolerance_px] * len(axes) if isinstance(tolerance_px, (int, float)) else list(tolerance_px)
+    tolerance = torch.tensor(given, dtype=torch.float64)
+    peaks = maps_K.flatten(1).argmax(1)
+    hits = torch.zeros(len(maps_K), dtype=torch.bool)
+    for k, mask in enumerate(masks_K):
+        peak = torch.stack(torch.unravel_index(peaks[k], axes))
+        steps = (mask.nonzero() - peak).double()
+        # No step at all is within any tolerance, 0 included.
+        shares = torch.where(steps == 0, 0.0, steps / tolerance)
+        hits[k] = bool((shares.square().sum(-1) <= 1 + 1e-9).any())
     return hits
 
 
-def mask_ious(maps_KYX: Tensor, masks_KYX: Tensor, thresholds: tuple[float, ...]) -> Tensor:
-    """Intersection over union (K, thresholds), float64, of the mask with pixels above each fraction of the maximum."""
-    relative_KYX = maps_KYX / maps_KYX.flatten(1).amax(1).clamp_min(torch.finfo(maps_KYX.dtype).tiny)[:, None, None]
-    columns = []
-    for threshold in thresholds:
-        found = relative_KYX > threshold
-        intersection = (found & masks_KYX).flatten(1).sum(1)
-        union = (found | masks_KYX).flatten(1).sum(1)
-        columns.append(intersection.double() / union.clamp_min(1))
-    return torch.stack(columns, dim=1)
+def mask_ious(maps_K: Tensor, masks_K: Tensor, thresholds: tuple[float, ...]) -> Tensor:
+    """Intersection over union (K, thresholds), float64, of the mask with pixels above each fraction of the maximum.
+
+    Args:
+        maps_K: (K, Y, X), or any other number of axes, not negative.
+        masks_K: bool, of the same shape.
+        thresholds: fractions of each map's maximum.
+    """
+    rising, order = torch.tensor(thresholds, dtype=maps_K.dtype).sort()
+    table = torch.empty((len(maps_K), len(thresholds)), dtype=torch.float64)
+    for k, (values, mask) in enumerate(zip(maps_K.flatten(1), masks_K.flatten(1))):
+        relative = values / values.amax().clamp_min(torch.finfo(values.dtype).tiny)
+        # How many thresholds each pixel exceeds; one pass for all thresholds, as volumes have millions of voxels.
+        level = torch.bucketize(relative, rising, out_int32=True)
+        found = _above(level, len(thresholds))
+        intersection = _above(level[mask], len(thresholds))
+        union = found + mask.sum() - intersection
+        table[k, order] = intersection.double() / union.clamp_min(1)
+    return table
+
+
+def _above(level: Tensor, count: int) -> Tensor:
+    """int64 (count,): how many entries exceed 0, 1, … count − 1."""
+    return level.bincount(minlength=count + 1).flip(0).cumsum(0).flip(0)[1:]
 
 
 @dataclass
@@ -120,19 +123,22 @@ class ExplainEvaluator:
         mams: mean pairwise cosine of the attention maps of an image's own items (paper: mean attention-map similarity;
             independence; lower is better). Images with one item have no pair and are left out.
         nowhere_share: attention on the zero token, mean over items.
-        pointing_game: share of items whose map, enlarged bilinearly to the image, peaks inside the item's mask.
+        pointing_game: share of items whose map, enlarged linearly to the image, peaks inside the item's mask; of a
+            study in a series that shows the item.
         miou: mean IoU of the mask and the pixels above 0.5 of the map's maximum.
         miou_best, miou_best_threshold: the same at the one threshold of 0.05, 0.10 … 0.95 that is best on this very
             set; an upper bound, not a fair score.
     Items whose mask is empty (cropped away) are left out of the last three.
 
     Attributes:
-        dataset: images with atomic items. Masks come from its `masks(index)`, bool (K, Y, X) in the order of the items
-            and in the frame of the transformed image; without that method only the first three measures exist.
+        dataset: images with atomic items. Masks come from its `masks(index)`, bool (K, Y, X), of studies
+            (K, S, D, Y, X), in the order of the items and in the frame of the transformed image; None for an image
+            without masks. Without that method only the first three measures exist.
         tokenizer: texts → int64 (M, C).
         name: prefix for logs.
         normalise_tokens: L2-normalise image tokens before the head.
-        tolerance_px: a peak this near to the mask still hits, in pixels; 0 asks for a pixel of the mask itself.
+        tolerance_px: a peak this near to the mask still hits, in pixels or voxels, one number or one per axis (Y, X) or
+            (D, Y, X); 0 asks for a pixel of the mask itself. Another series of a study is never near.
         encoding: batch sizes, workers, precision of the towers.
         on_progress: called after each batch.
         facts: after `run`: numbers of images, items and masks, rules.
@@ -142,7 +148,7 @@ class ExplainEvaluator:
     tokenizer: Tokenizer
     name: str = "explain"
     normalise_tokens: bool = False
-    tolerance_px: float = 0.0
+    tolerance_px: float | tuple[float, ...] = 0.0
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
     on_progress: Progress | None = None
     facts: dict[str, Any] = field(default_factory=dict, init=False)
@@ -168,10 +174,10 @@ class ExplainEvaluator:
             findings = [torch.empty((0, _COLUMNS), dtype=torch.float64)]
             for batch in encode_images(model, self.dataset, self.encoding, on_progress=self.on_progress):
                 own = [numbers_of[row] for row in batch.rows_B.tolist()]
-                maps = self._maps(model.head, features_UD, own, batch.features)
-                for i, row in enumerate(batch.rows_B.tolist()):
+                maps_B = self._maps(model.head, features_UD, own, batch.features)
+                for row, maps in zip(batch.rows_B.tolist(), maps_B):
                     masks = get_masks(row) if callable(get_masks) else None
-                    findings.append(self._findings(row, maps, i, len(own[i]), batch.features.grid, masks))
+                    findings.append(self._findings(row, maps, masks))
                 rows.append(batch.rows_B.cpu())
         findings_N = in_order_of_rows(torch.cat(rows), torch.cat(findings))
         self.facts = {
@@ -179,50 +185,60 @@ class ExplainEvaluator:
             "num_items": sum(map(len, items)),
             "num_masks": int(findings_N[:, _NUM_MASKS].sum()),
             "normalise_tokens": self.normalise_tokens,
-            "pointing_tolerance_px": self.tolerance_px,
+            "pointing_tolerance_px": list(given) if isinstance(given := self.tolerance_px, tuple) else given,
             "miou_threshold": FIXED_THRESHOLD,
         }
         return _measures(findings_N)
 
     def _maps(
         self, head: ItemAttention, features_UD: Tensor, own: list[Tensor], features: ImageFeatures
-    ) -> ItemMaps:
-        """Maps of each image's own items; slots beyond an image's items repeat its last item."""
+    ) -> list[ItemMaps]:
+        """Maps of each image's own items, float32; slots beyond an image's items repeat its last item and are cut."""
         K = max(map(len, own))
         numbers_BK = torch.stack([torch.cat([n, n[-1:].expand(K - len(n))]) for n in own])
-        tokens_BLD = features.tokens_BLD
-        if self.normalise_tokens:
-            tokens_BLD = F.normalize(tokens_BLD.float(), dim=-1)
-        return item_maps(head, features_UD[numbers_BK], tokens_BLD)
+        exact = ImageFeatures(features.global_BD, features.tokens_BLD.float(), features.grid)
+        maps_B = maps_of_features(
+            float_head(head), exact, features_UD[numbers_BK], normalise_tokens=self.normalise_tokens
+        )
+        return [maps.first(len(n)) for maps, n in zip(maps_B, own)]
 
-    def _findings(
-        self, row: int, maps: ItemMaps, i: int, K: int, grid: tuple[int, ...], masks_KYX: Tensor | None
-    ) -> Tensor:
-        """One row of float64 (1, _COLUMNS) about image `row`, entry i of its batch."""
-        tcsim_K, maps_KL = maps.tcsim_BK[i, :K].cpu(), maps.maps_BKL[i, :K].float().cpu()
-        if not (torch.isfinite(tcsim_K).all() and torch.isfinite(maps_KL).all()):
+    def _findings(self, row: int, maps: ItemMaps, masks_K: Tensor | None) -> Tensor:
+        """One row of float64 (1, _COLUMNS) about image `row`."""
+        K, grid, maps_KL = len(maps), maps.grid, maps.weights.flatten(1)
+        if not (torch.isfinite(maps.scores).all() and torch.isfinite(maps_KL).all()):
             raise ValueError(f"{self.name}: scores of image {row} are not finite: check the weights and the precision")
         findings = torch.zeros((1, _COLUMNS), dtype=torch.float64)
-        findings[0, _LOWEST] = tcsim_K.min().double()
+        findings[0, _LOWEST] = maps.scores.min().double()
         findings[0, _SIMILARITY] = mean_map_similarity(maps_KL)
-        findings[0, _NOWHERE] = maps.nowhere_BK[i, :K].double().sum().cpu()
+        findings[0, _NOWHERE] = maps.nowhere.double().sum()
         findings[0, _NUM_ITEMS] = K
-        if masks_KYX is None:
+        if masks_K is None:
             return findings
-        masks_KYX = torch.as_tensor(masks_KYX)
-        if len(grid) != 2 or masks_KYX.dim() != 3 or len(masks_KYX) != K or masks_KYX.dtype != torch.bool:
+        masks_K = torch.as_tensor(masks_K)
+        fits = masks_K.dtype == torch.bool and len(masks_K) == K and masks_K.dim() == 1 + len(grid)
+        if not fits or (len(grid) == 4 and masks_K.shape[1] != grid[0]):
+            axes = "rows, columns" if len(grid) == 2 else f"{grid[0]} series, slices, rows, columns"
             raise ValueError(
-                f"{self.name}: masks of image {row} are {masks_KYX.dtype} {tuple(masks_KYX.shape)} for {K} items on a "
-                f"token grid {tuple(grid)}; expected bool ({K}, rows, columns) and a grid of two axes"
+                f"{self.name}: masks of image {row} are {masks_K.dtype} {tuple(masks_K.shape)} for {K} items on a "
+                f"token grid {tuple(grid)}; expected bool ({K}, {axes})"
             )
-        seen = masks_KYX.flatten(1).any(1)
-        masks_KYX, maps_KL = masks_KYX[seen], maps_KL[seen]
-        if len(masks_KYX):
-            enlarged = upsample_maps(maps_KL, (grid[0], grid[1]), (masks_KYX.shape[1], masks_KYX.shape[2]))
-            findings[0, _NUM_MASKS] = len(masks_KYX)
-            findings[0, _HITS] = pointing_hits(enlarged, masks_KYX, tolerance_px=self.tolerance_px).double().sum()
-            findings[0, _IOUS:] = mask_ious(enlarged, masks_KYX, THRESHOLDS).sum(0)
+        size = tuple(masks_K.shape[1:])
+        # One at a time: a study's map at voxel size takes 100 MB.
+        for k in masks_K.flatten(1).any(1).nonzero()[:, 0].tolist():
+            enlarged, mask = upsample_maps(maps_KL[k : k + 1], grid, size), masks_K[k : k + 1]
+            findings[0, _NUM_MASKS] += 1
+            findings[0, _HITS] += float(pointing_hits(enlarged, mask, tolerance_px=self._tolerance(len(grid))))
+            findings[0, _IOUS:] += mask_ious(enlarged, mask, THRESHOLDS)[0]
         return findings
+
+    def _tolerance(self, num_axes: int) -> tuple[float, ...]:
+        """One number per axis of a mask; a study's first axis are its series."""
+        pixel_axes = min(num_axes, 3)
+        given = self.tolerance_px
+        per_axis = (float(given),) * pixel_axes if isinstance(given, (int, float)) else tuple(given)
+        if len(per_axis) != pixel_axes:
+            raise ValueError(f"{self.name}: tolerance_px is {given}; expected one number or {pixel_axes}, one per axis")
+        return per_axis if num_axes == 2 else (0.0, *per_axis)
 
 
 # Columns of what is kept of an image; sums over its items except for the first two.

@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextToPath
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -95,7 +96,7 @@ def attention_figure(
     _check_shape("peaks", peaks, (T,))
     _check_shape("masks", masks, (T, *size))
     panels = [
-        _Panel(
+        Panel(
             f"{k + 1}. {items[k]}",
             _score_note(scores[k], None if nowhere is None else nowhere[k], None if peaks is None else peaks[k]),
             maps[k],
@@ -103,9 +104,9 @@ def attention_figure(
         )
         for k in range(T)
     ]
-    first = _Panel(title, _size_note(pixels))
+    first = Panel(title, _size_note(pixels))
     image_size = _fit(size, math.sqrt(_IMAGE_AREA * size[0] / size[1]))
-    sheet = _Sheet([_Block("", [first, *panels])], _choose_columns(1 + T, image_size), image_size)
+    sheet = Sheet([Block("", [first, *panels])], _choose_columns(1 + T, image_size), image_size)
     finest_dpi = max(MIN_DPI, math.sqrt(MAX_PIXELS / (sheet.width * sheet.height)))
     native_dpi = size[1] / image_size[0]
     return sheet.render(pixels, _scale_top(maps, scale_top), min(max(MIN_DPI, native_dpi), finest_dpi))
@@ -142,18 +143,18 @@ def head_figure(
     _check_shape("maps", maps, (T, num_heads, *size))
     _check_shape("scores", scores, (T,))
     _check_shape("nowhere", nowhere, (T, num_heads))
-    blocks = [_Block("", [_Panel(title, _size_note(pixels))])]
+    blocks = [Block("", [Panel(title, _size_note(pixels))])]
     for k in range(T):
-        panels = [_Panel("all heads", _nowhere_note(nowhere[k].mean()), maps[k].mean(0))]
+        panels = [Panel("all heads", nowhere_note(nowhere[k].mean()), maps[k].mean(0))]
         panels += [
-            _Panel(f"head {h + 1}", _nowhere_note(nowhere[k, h]), maps[k, h]) for h in range(num_heads)
+            Panel(f"head {h + 1}", nowhere_note(nowhere[k, h]), maps[k, h]) for h in range(num_heads)
         ]
-        blocks.append(_Block(f"{k + 1}. {items[k]}  (TCSim {_signed(scores[k])})", panels))
+        blocks.append(Block(f"{k + 1}. {items[k]}  (TCSim {signed(scores[k])})", panels))
     rows = -(-(1 + num_heads) // _MOST_HEAD_COLUMNS)
     columns = -(-(1 + num_heads) // rows)
     width = (_MAX_WIDTH - 2 * _MARGIN) / _MOST_HEAD_COLUMNS - _GAP
     image_size = _fit(size, width * min(2.0, size[0] / size[1]))
-    sheet = _Sheet(blocks, columns, image_size, min_cell_width=_MIN_HEAD_CELL_WIDTH)
+    sheet = Sheet(blocks, columns, image_size, min_cell_width=_MIN_HEAD_CELL_WIDTH)
     return sheet.render(pixels, _scale_top(maps, scale_top), MIN_DPI)
 
 
@@ -177,21 +178,35 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Panel:
-    """The image with a title and a note above; with `values`, in grey below their colours."""
+class Panel:
+    """An image with a title and a note above; with `values`, in grey below their colours.
+
+    Attributes:
+        title: wrapped.
+        note: one line, smaller.
+        values: (H0, W0), multiples of an even spread, or None.
+        mask: bool (H0, W0), outlined, or None.
+        pixels: uint8 (H0, W0, 3); None shows the sheet's image.
+        size: height and width in any unit, where pixels are not square.
+        marks: letters at the left and at the top edge, such as R and A.
+    """
 
     title: str
     note: str
     values: np.ndarray | None = None
     mask: np.ndarray | None = None
+    pixels: np.ndarray | None = None
+    size: tuple[float, float] | None = None
+    marks: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Panels that belong together, under a heading (or none)."""
+class Block:
+    """Panels that belong together, under a heading and a smaller line (or none)."""
 
     heading: str
-    panels: list[_Panel]
+    panels: list[Panel]
+    note: str = ""
 
 
 def _rgb(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -220,18 +235,18 @@ def _size_note(pixels: np.ndarray) -> str:
     return f"{pixels.shape[1]} × {pixels.shape[0]} px"
 
 
-def _nowhere_note(share: float) -> str:
+def nowhere_note(share: float) -> str:
     return f"nowhere {100 * share:.0f} %"
 
 
-def _signed(score: float) -> str:
+def signed(score: float) -> str:
     return f"{score:.3f}".replace("-", "−")
 
 
 def _score_note(score: float, nowhere: float | None, peak: float | None) -> str:
-    parts = [f"TCSim {_signed(score)}"]
+    parts = [f"TCSim {signed(score)}"]
     if nowhere is not None:
-        parts.append(_nowhere_note(nowhere))
+        parts.append(nowhere_note(nowhere))
     if peak is not None:
         parts.append(f"peak {peak:.1f}×")
     return " · ".join(parts)
@@ -245,6 +260,12 @@ def _fit(size: Sequence[int], height: float) -> tuple[float, float]:
     width = height * size[1] / size[0]
     factor = min(1.0, _LONGEST_SIDE / max(width, height))
     return width * factor, height * factor
+
+
+def _fit_box(size: tuple[float, float], box: tuple[float, float]) -> tuple[float, float]:
+    """Width and height of an image of `size` (height, width) that fills a box of (width, height) one way."""
+    factor = min(box[0] / size[1], box[1] / size[0])
+    return size[1] * factor, size[0] * factor
 
 
 def _choose_columns(num_panels: int, image_size: tuple[float, float]) -> int:
@@ -261,7 +282,7 @@ def _choose_columns(num_panels: int, image_size: tuple[float, float]) -> int:
     return min(range(1, most + 1), key=badness)
 
 
-class _Sheet:
+class Sheet:
     """Blocks of panels laid out from the top down, then the colour bar and what the signs mean.
 
     Places are kept in inches from the top left until the height is known.
@@ -269,21 +290,23 @@ class _Sheet:
     Args:
         blocks: what to show.
         columns: panels side by side.
-        image_size: width and height of every image.
+        image_size: width and height of every image; a panel with a `size` of its own fits into it.
         min_cell_width: room for titles above narrower images.
+        legend: what colours and signs mean; default as far as the panels use them.
     """
 
     def __init__(
         self,
-        blocks: list[_Block],
+        blocks: list[Block],
         columns: int,
         image_size: tuple[float, float],
         *,
         min_cell_width: float = _MIN_CELL_WIDTH,
+        legend: str | None = None,
     ) -> None:
         self._image_size = image_size
         self._lines: list[tuple[float, float, str, float, str]] = []  # x, y of the baseline, text, points, colour
-        self._images: list[tuple[float, float, _Panel]] = []
+        self._images: list[tuple[float, float, Panel]] = []
         cell_width = max(image_size[0], min_cell_width)
         width = 2 * _MARGIN + columns * cell_width + (columns - 1) * _GAP
         self.width = max(width, 2 * _MARGIN + 2 * _MIN_CELL_WIDTH)  # room for the legend
@@ -291,12 +314,15 @@ class _Sheet:
         for block in blocks:
             if block.heading:
                 self._paragraph(block.heading, _TITLE_PT, "black")
+                if block.note:
+                    self._paragraph(block.note, _NOTE_PT, _NOTE_COLOUR)
                 self.height += 0.06
             for start in range(0, len(block.panels), columns):
                 self._row(block.panels[start : start + columns], cell_width)
         self._bar_top = self.height
         self.height += _BAR_HEIGHT + 0.25
-        self._paragraph(_legend([panel for block in blocks for panel in block.panels]), _NOTE_PT, _NOTE_COLOUR)
+        panels = [panel for block in blocks for panel in block.panels]
+        self._paragraph(legend_of(panels) if legend is None else legend, _NOTE_PT, _NOTE_COLOUR)
         self.height += _MARGIN
 
     def _paragraph(self, text: str, points: float, colour: str) -> None:
@@ -309,7 +335,7 @@ class _Sheet:
         for number, line in enumerate(lines):
             self._lines.append((x, top + number * _line(points) + points / 72, line, points, colour))
 
-    def _row(self, panels: list[_Panel], cell_width: float) -> None:
+    def _row(self, panels: list[Panel], cell_width: float) -> None:
         """Titles of different length all end just above their images."""
         titles = [wrap_text(panel.title, cell_width, _TITLE_PT) for panel in panels]
         notes_top = self.height + max(map(len, titles)) * _line(_TITLE_PT)
@@ -321,8 +347,8 @@ class _Sheet:
             self._images.append((x, images_top, panel))
         self.height = images_top + self._image_size[1] + _GAP
 
-    def render(self, pixels: np.ndarray, scale_top: float, dpi: float) -> Figure:
-        """The figure of an image, with colours from 0 to `scale_top`."""
+    def render(self, pixels: np.ndarray | None, scale_top: float, dpi: float) -> Figure:
+        """The figure of an image (None where every panel has its own), with colours from 0 to `scale_top`."""
         scale = Normalize(0, scale_top)
         with matplotlib.style.context("default"):
             figure = Figure(figsize=(self.width, self.height), dpi=dpi, facecolor="white")
@@ -330,7 +356,11 @@ class _Sheet:
                 place = x / self.width, 1 - y / self.height
                 figure.text(*place, text, size=points, color=colour, va="baseline", parse_math=False)
             for x, y, panel in self._images:
-                _draw_panel(self._axes(figure, x, y, *self._image_size), pixels, panel, scale)
+                shown = pixels if panel.pixels is None else panel.pixels
+                if shown is None:
+                    raise ValueError(f"panel {panel.title!r} has no pixels, and neither has the sheet")
+                width, height = self._image_size if panel.size is None else _fit_box(panel.size, self._image_size)
+                _draw_panel(self._axes(figure, x, y, width, height), shown, panel, scale)
             _draw_colour_bar(self._axes(figure, _MARGIN, self._bar_top, 4.0, _BAR_HEIGHT), scale)
         return figure
 
@@ -339,7 +369,7 @@ class _Sheet:
         return figure.add_axes((x / self.width, bottom, width / self.width, height / self.height))
 
 
-def _legend(panels: list[_Panel]) -> str:
+def legend_of(panels: list[Panel]) -> str:
     """What colours and signs mean, as far as the panels use them."""
     maps = [panel.values for panel in panels if panel.values is not None]
     sentences = ["Colour: attention on a patch, as a multiple of an even spread over all patches (1× = even)."]
@@ -370,7 +400,7 @@ def _draw_colour_bar(axes: Axes, scale: Normalize) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _draw_panel(axes: Axes, pixels: np.ndarray, panel: _Panel, scale: Normalize) -> None:
+def _draw_panel(axes: Axes, pixels: np.ndarray, panel: Panel, scale: Normalize) -> None:
     height, width = pixels.shape[:2]
     axes.imshow(pixels if panel.values is None else _overlay(pixels, panel.values, scale), aspect="auto")
     if panel.mask is not None:
@@ -379,6 +409,13 @@ def _draw_panel(axes: Axes, pixels: np.ndarray, panel: _Panel, scale: Normalize)
         rows, columns = np.arange(-1, height + 1), np.arange(-1, width + 1)
         for colour, line_width in (("black", 2.4), ("white", 1.1)):
             axes.contour(columns, rows, framed, levels=[0.5], colors=colour, linewidths=line_width)
+    left, top = panel.marks
+    places = ((left, 0.02, 0.5, "left", "center"), (top, 0.5, 0.98, "center", "top"))
+    for text, x, y, horizontal, vertical in places if left or top else ():
+        axes.text(
+            x, y, text, transform=axes.transAxes, ha=horizontal, va=vertical, size=_NOTE_PT, color="white",
+            path_effects=[withStroke(linewidth=1.5, foreground="black")],
+        )  # fmt: skip
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(height - 0.5, -0.5)
     axes.set_axis_off()

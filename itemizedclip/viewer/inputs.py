@@ -75,7 +75,8 @@ class InputView:
         affine: float64 (4, 4), voxel (d, h, w) of `values` → world, mm, RAS+ as in NIfTI; None when the file does not
             say.
         window_hu: HU that the model saw as black and as white; None where values are no HU.
-        file_grid: how the voxels lie in the file; None for a picture, and for a file without a grid in the world.
+        file_grid: how the voxels lie in the file. None for a picture. Of a file that says nothing about the world (its
+            `affine` is None) the order and orientation that its format is made with, about the world's origin.
     """
 
     name: str

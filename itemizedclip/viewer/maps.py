@@ -53,6 +53,10 @@ class ItemMaps:
         """T."""
         return len(self.scores)
 
+    def first(self, count: int) -> ItemMaps:
+        """The first items alone."""
+        return ItemMaps(self.head_weights[:count], self.head_nowhere[:count], self.scores[:count])
+
     @property
     def grid(self) -> tuple[int, ...]:
         """How the tokens lie in the image."""

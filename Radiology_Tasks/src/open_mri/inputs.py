@@ -33,7 +33,7 @@ from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.models.factory import LoadedModel
-from itemizedclip.viewer.inputs import InputView, ModelInput
+from itemizedclip.viewer.inputs import FileGrid, InputView, ModelInput
 from itemizedclip.viewer.maps import Geometry
 from open_mri.benchmark import visible_entries
 from open_mri.scans import (
@@ -76,6 +76,9 @@ HEAD_WINDOWS_HU: Mapping[str, HounsfieldWindow] = {
 The published preparation does not say its limits. These are the ones radiologists read hemorrhage with: level 80 width
 200 (subdural), level 600 width 2800 (bone), level 40 width 80 (brain).
 """
+
+BRAIN_CODES, CHEST_CODES = "RPI", "LPS"
+"""Where columns, rows and slices are counted to in the converted files of either kind."""
 
 CHEST_SPACING_MM = (3.0, 1.0, 1.0)
 """Spacing (D, H, W) of the chest model's input, and of every chest `.pt` file."""
@@ -311,15 +314,19 @@ def _brain_tensors(
         white = 255.0 if loaded.grey_ranges[number] == "0-255" else 1.0
         grey = (volume.float() * (255 / white)).round_().clamp_(0, 255).to(torch.uint8).numpy()
         geometry = _of_voxel_map(Geometry.of_input(grey.shape), loaded.voxel_maps[number], size)
-        series.append(_Series(loaded.image[number], InputView(name, grey, "grey", geometry)))
+        grid = assumed_grid(grey.shape, BRAIN_CODES, (1.0, 1.0, 1.0))
+        series.append(_Series(loaded.image[number], InputView(name, grey, "grey", geometry, file_grid=grid)))
     notes = [f"series left out: {message}" for _, message in loaded.skipped]
-    notes.append("the files say nothing about voxel size and orientation")
+    notes.append(
+        ".pt files say nothing about voxel size and orientation: written volumes have voxels of 1 mm, counted as the "
+        "brain format is (columns to the right, rows to the back, slices to the feet)"
+    )
     return series, notes
 
 
 def _brain_scan(scan: Scan, size: Size) -> list[_Series]:
     """One MRI series, or the three windows of a head CT."""
-    turned = orient(scan, "RPI", largest_spacing_first=True)
+    turned = orient(scan, BRAIN_CODES, largest_spacing_first=True)
     is_ct = scan.modality == "CT" or (not scan.modality and looks_like_hu(scan.voxels))
     name = series_text(scan.name, turned.plane)
     if is_ct:
@@ -361,6 +368,14 @@ def _brain_series(
     return _Series(normalise_grey(volume, "0-1")[None], view)
 
 
+def assumed_grid(shape: Sequence[int], codes: str, spacing_mm: tuple[float, float, float]) -> FileGrid:
+    """The grid of a `.pt` file (D, H, W): columns, rows and slices counted to where `codes` says, from the origin."""
+    D, H, W = shape
+    signs = [1.0 if code in "RAS" else -1.0 for code in codes]
+    affine = np.diag([*(sign * mm for sign, mm in zip(signs, spacing_mm[::-1])), 1.0])
+    return FileGrid((W, H, D), affine, (2, 1, 0), (False, False, False))
+
+
 def _int16(voxels: np.ndarray) -> np.ndarray:
     """HU as whole numbers, contiguous."""
     limits = np.iinfo(np.int16)
@@ -385,12 +400,17 @@ def _open_chest(source: Path, options: ChestInput) -> tuple[list[_Series], list[
     if found.tensors:
         _refuse_several(source, [str(file.path) for file in found.tensors])
         path = found.tensors[0].path
-        notes.append("a .pt file says nothing about voxel size: 3×1×1 mm, the chest format, is taken")
-        series = _chest_series(path.stem, path, read_volume(path), options, notes, spacing_mm=CHEST_SPACING_MM)
+        notes.append(
+            "a .pt file says nothing about voxel size and orientation: those of the chest format are taken, 3×1×1 mm, "
+            "columns to the left, rows to the back, slices to the head"
+        )
+        hu = read_volume(path)
+        grid = assumed_grid(hu.shape, CHEST_CODES, CHEST_SPACING_MM)
+        series = _chest_series(path.stem, path, hu, options, notes, spacing_mm=CHEST_SPACING_MM, file_grid=grid)
         return [series], notes
     scan = _one_scan(source, found, notes)
     is_ct_rate = _is_ct_rate(scan.source)
-    turned = orient(scan, None if is_ct_rate else "LPS")
+    turned = orient(scan, None if is_ct_rate else CHEST_CODES)
     if is_ct_rate:
         notes.append("a CT-RATE file: its axes are taken in their stored order, as the published converter does")
     notes += scan.notes
