@@ -6,6 +6,7 @@ Under several processes: torchrun --nproc_per_node 4 -- -m itemizedclip.search.i
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,9 @@ from rich.table import Table
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.report import file_sha256, progress_bar
 from itemizedclip.models.factory import CheckpointError, LoadedModel, create_transform, transform_spec
-from itemizedclip.search.build import BuildOptions, BuildReport, build_index
+from itemizedclip.search.build import BuildReport, build_index
 from itemizedclip.search.index import ImageIndex, load_photograph_model
+from itemizedclip.search.plan import BuildOptions
 from itemizedclip.search.recall import BUILT_IN_QUERIES, PrefilterRecall
 from itemizedclip.search.store import FeatureSource, FeatureStore, Storage, read_manifest, write_manifest
 from itemizedclip.training.distributed import Ranks, launch, on_main
@@ -219,8 +221,12 @@ def recall_table(recall: PrefilterRecall) -> Table:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `itemizedclip index`."""
     options = tyro.cli(IndexOptions, args=argv, prog=PROG, description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,))
-    with reported_errors(PROG):
-        run(options)
+    try:
+        with reported_errors(PROG):
+            run(options)
+    except KeyboardInterrupt:
+        print(f"{PROG}: stopped; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
