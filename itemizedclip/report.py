@@ -120,7 +120,7 @@ def provenance_of(loaded: LoadedModel, checkpoint: Path) -> Provenance:
     with checkpoint.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    facts = [(name, str(loaded.meta[name])) for name in ("epoch", "step") if name in loaded.meta]
+    facts = [("training steps", str(loaded.meta["step"]))] if "step" in loaded.meta else []
     return Provenance(
         str(loaded.config.get("name", "unnamed")), checkpoint.name, digest.hexdigest(), facts, list(loaded.notes)
     )

@@ -124,21 +124,29 @@ def described_items(explanation: Explanation, cut_items: Sequence[bool] | None =
 # --- packing ---------------------------------------------------------------------------------------------------------
 
 
-def pack_array(values: np.ndarray, *, delta: bool = False) -> dict[str, Any]:
+def pack_array(values: np.ndarray) -> dict[str, Any]:
     """An array as text that a browser unpacks without a library: deflate of byte planes, in base64.
+
+    Integers are stored as they are or as differences along the last axis ("delta"), whichever is smaller: smooth
+    pictures are, as differences, and noise on an even ground is not.
 
     Args:
         values: uint8, int16 or float32.
-        delta: store differences along the last axis, which pictures compress better by; integers only.
     """
-    stored = np.ascontiguousarray(values)
-    if delta:
+    values = np.ascontiguousarray(values)
+    packed, is_delta = _deflated(values), False
+    if values.dtype.kind in "iu":
         # Integers wrap round, so that differences need no more bits than values.
-        stored = np.diff(stored, axis=-1, prepend=np.zeros_like(stored[..., :1]))
-    little_endian = stored.astype(stored.dtype.newbyteorder("<"), copy=False)
-    planes = little_endian.reshape(-1).view(np.uint8).reshape(-1, stored.dtype.itemsize).T
-    packed = base64.b64encode(zlib.compress(planes.tobytes())).decode("ascii")
-    return {"type": stored.dtype.name, "shape": list(values.shape), "delta": delta, "data": packed}
+        differences = _deflated(np.diff(values, axis=-1, prepend=np.zeros_like(values[..., :1])))
+        packed, is_delta = min((packed, False), (differences, True), key=lambda candidate: len(candidate[0]))
+    data = base64.b64encode(packed).decode("ascii")
+    return {"type": values.dtype.name, "shape": list(values.shape), "delta": is_delta, "data": data}
+
+
+def _deflated(values: np.ndarray) -> bytes:
+    """All first bytes of the values, then all second ones …, compressed."""
+    little_endian = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    return zlib.compress(little_endian.reshape(-1).view(np.uint8).reshape(-1, values.dtype.itemsize).T.tobytes())
 
 
 def _shortened(values: np.ndarray) -> np.ndarray:
@@ -150,10 +158,7 @@ def _shortened(values: np.ndarray) -> np.ndarray:
 
 def _described_view(view: InputView, block: str, blocks: dict[str, str]) -> dict[str, Any]:
     """What the page knows of a view; its values go into `blocks`."""
-    if view.unit == "rgb":
-        packed = _packed_picture(view.values)
-    else:
-        packed = pack_array(view.values, delta=True)
+    packed = _packed_picture(view.values) if view.unit == "rgb" else pack_array(view.values)
     blocks[block] = packed.pop("data")
     geometry = view.geometry
     size = geometry.input_size
@@ -163,6 +168,7 @@ def _described_view(view: InputView, block: str, blocks: dict[str, str]) -> dict
         "unit": view.unit,
         "size": [1] * lacking + list(size),
         "spacing": None if view.spacing_mm is None else [float(step) for step in view.spacing_mm],
+        "window": None if view.window_hu is None else list(view.window_hu),
         "toward": None if view.affine is None else _directions(view.affine),
         "scale": [1.0] * lacking + list(geometry.scale),
         "offset": [0.0] * lacking + list(geometry.offset),

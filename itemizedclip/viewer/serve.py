@@ -7,10 +7,12 @@ come from the page itself. It answers two addresses, the page and the question, 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
 import secrets
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
@@ -75,19 +77,38 @@ class ReportServer(ThreadingHTTPServer):
         ValueError: the port is taken or not allowed.
     """
 
-    daemon_threads = True
+    # A thread that is killed inside PyTorch takes the process down with it: closing waits for them all.
+    daemon_threads = False
 
     def __init__(self, page: str, answer: Answer, port: int = 0) -> None:
         self.page = page.encode("utf-8")
         self.token = secrets.token_urlsafe(18)
         self._answer = answer
         self._lock = threading.Lock()
+        self._connections: set[socket.socket] = set()
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except (OSError, OverflowError) as error:
             raise ValueError(
                 f"--port {port}: cannot listen there ({error}); leave --port out to take a free one"
             ) from error
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Note the connection, so that closing can end it."""
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """The connection is over."""
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Hang up on idle browsers, and wait for what is being answered."""
+        for connection in tuple(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+        super().server_close()
 
     @property
     def url(self) -> str:

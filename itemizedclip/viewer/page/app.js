@@ -16,7 +16,7 @@ const items = [];
 const state = {
   view: 0, normal: 0, place: [0.5, 0.5, 0.5], // place: shares of the axes, the same in every series
   chosen: [null, null], // item of each pane; the second is null unless two are compared
-  head: -1, isSmooth: true, isShown: true, isOwnScale: false, opacity: 0.75, threshold: 1,
+  head: -1, isSmooth: true, isShown: true, isGrey: true, isOwnScale: false, opacity: 0.75, threshold: 1,
   windows: new Map(), // view number, or "hu" for all of them → { low, high, preset }
 };
 const scratch = newCanvas(1, 1), sliceCanvas = newCanvas(1, 1);
@@ -30,13 +30,14 @@ const windowKey = (view) => (view.unit === "hu" ? "hu" : view.number);
 const isVolume = (view) => view.unit !== "rgb";
 const decimal = (value, digits) => value.toFixed(digits).replace("-", "−");
 const percent = (share) => `${Math.round(100 * share)} %`;
-const times = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value)}×`;
+const times = (value) => `${value < 10 ? Number(value.toFixed(1)) : Math.round(value)}×`;
 
 function presetsOf(view) {
   const { min, max, low, high } = view.range;
   const full = ["Full range", min, max];
   if (view.unit !== "hu") return [["Auto", low, high], full];
-  return [...HU_PRESETS.map(([name, width, level]) => [name, level - width / 2, level + width / 2]), full];
+  const seen = view.window ? [["As the model", ...view.window]] : [];
+  return [...seen, ...HU_PRESETS.map(([name, width, level]) => [name, level - width / 2, level + width / 2]), full];
 }
 
 function windowOf(view) {
@@ -91,11 +92,11 @@ function itemRow(item) {
   const strip = element("span", { className: "strip", "aria-hidden": "true" });
   const numbers = element("span", { className: "numbers" });
   const number = element("span", { className: "number" }, String(items.indexOf(item) + 1));
+  const score = element("span", { className: "score", title: "TCSim: similarity of the text and the image as it sees it" }, decimal(item.score, 3));
   const words = element("span", { className: "text" }, item.text);
   if (item.isCut) words.append(element("span", { className: "cut" }, "longer than the model reads: its end was cut off"));
-  const label = element("label", {}, radio, number, words, numbers, strip);
+  const label = element("label", {}, radio, number, words, score, numbers, strip);
   const compare = element("button", { type: "button", className: "quiet compare", "aria-pressed": "false" }, "Compare");
-  compare.setAttribute("aria-label", `Compare with: ${item.text}`);
   compare.addEventListener("click", () => compareWith(item));
   item.row = element("div", { className: "item" }, label, compare);
   Object.assign(item, { radio, strip, numbers, compare });
@@ -118,23 +119,24 @@ function arrangeItems() {
 
 function drawItem(item) {
   const { shares, nowhere, peak, peakView } = item.attention(state.head);
-  const parts = [`TCSim ${decimal(item.score, 3)}`, `peak ${times(peak)}`, `nowhere ${percent(nowhere)}`];
-  item.numbers.textContent = parts.join(" · ");
-  if (S > 1) item.numbers.append(element("span", { className: "most" }, `most at ${views[peakView].name}`));
+  item.numbers.textContent = `peak ${times(peak)} · nowhere ${percent(nowhere)}`;
+  if (S > 1) item.numbers.prepend(element("b", {}, views[peakView].name), element("br"));
+  item.strip.hidden = S < 2;
   item.strip.replaceChildren(
     ...shares.map((share, s) => {
       const part = element("i", { className: s === state.view ? "part here" : "part", title: `${views[s].name} ${percent(share)}` });
       part.style.flexGrow = share;
       return part;
     }),
-    Object.assign(element("i", { className: "part none", title: `nowhere ${percent(nowhere)}` })),
+    element("i", { className: "part none", title: `nowhere ${percent(nowhere)}` }),
   );
   item.strip.lastChild.style.flexGrow = nowhere;
   const place = state.chosen.indexOf(item);
   item.row.dataset.pane = place < 0 ? "" : "AB"[place];
   item.radio.checked = place === 0;
   item.compare.hidden = items.length < 2 || place === 0;
-  item.compare.textContent = place === 1 ? "Stop comparing" : "Compare";
+  item.compare.textContent = place === 1 ? "Stop" : "Compare";
+  item.compare.setAttribute("aria-label", `${place === 1 ? "Stop comparing" : "Compare"} with: ${item.text}`);
   item.compare.setAttribute("aria-pressed", String(place === 1));
 }
 
@@ -170,6 +172,7 @@ async function showView(number) {
   if (state.view !== number) return; // another series was chosen meanwhile
   buildPanes();
   buildTools();
+  centreTab();
   $("readout").textContent = hint();
   redraw();
 }
@@ -217,6 +220,12 @@ function drawTabs() {
   if (views.length > 1) $("series-panel").setAttribute("aria-labelledby", `tab-${state.view}`);
 }
 
+/** Where the tabs are one row to be pushed sideways, the current one comes into sight. */
+function centreTab() {
+  const tabs = $("tabs"), tab = tabs.children[state.view];
+  tabs.scrollLeft = tab.offsetLeft - tabs.offsetLeft - (tabs.clientWidth - tab.offsetWidth) / 2;
+}
+
 function chip(text, isPressed, act) {
   const button = element("button", { type: "button", "aria-pressed": String(isPressed) }, text);
   button.addEventListener("click", act);
@@ -225,6 +234,7 @@ function chip(text, isPressed, act) {
 
 function buildTools() {
   const view = currentView(), current = windowOf(view);
+  $("grey-field").hidden = isVolume(view);
   $("tools").hidden = $("presets").hidden = $("planes").hidden = $("window").hidden = !isVolume(view);
   if (!isVolume(view)) return;
   $("planes").replaceChildren(
@@ -276,15 +286,15 @@ function drawSlices(plane, slice) {
   Object.assign($("slice"), { max: plane.count - 1, value: slice });
   $("slice-label").textContent = `${plane.name === "Slices" ? "Slice" : plane.name} ${slice + 1} / ${plane.count}`;
   $("slice").setAttribute("aria-valuetext", `${slice + 1} of ${plane.count}`);
-  const bars = [];
-  state.chosen.filter(Boolean).forEach((item, k) => {
+  const bars = [], shown = state.chosen.filter(Boolean);
+  shown.forEach((item, k) => {
     const layers = plane.profile(item.attention(state.head).map);
     const most = Math.max(...layers.map((layer) => layer.sum), 1e-9);
     for (const { sum, edges } of layers) {
       const [from, to] = edges.map((edge) => (100 * Math.min(plane.count - 1, Math.max(0, edge - 0.5))) / (plane.count - 1));
       const bar = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-      const height = (100 * sum) / most, inset = (to - from) * 0.06;
-      const facts = { x: from + inset, width: Math.max(0, to - from - 2 * inset), y: 100 - height, height, class: "ab"[k] };
+      const height = (100 * sum) / most, inset = (to - from) * 0.06, width = Math.max(0, to - from - 2 * inset) / shown.length;
+      const facts = { x: from + inset + k * width, width, y: 100 - height, height, class: "ab"[k] };
       for (const [name, value] of Object.entries(facts)) bar.setAttribute(name, value);
       bars.push(bar);
     }
@@ -405,6 +415,7 @@ function drawPane(pane, plane, slice) {
   context.setTransform(...plane.transform(canvas.width, canvas.height));
   context.drawImage(paintSlice(sliceCanvas, plane, slice, windowOf(plane.view)), 0, 0, plane.width, plane.height);
   context.resetTransform();
+  if (state.isGrey && state.isShown && item && !isVolume(plane.view)) paintGrey(context);
   const attention = item?.attention(state.head);
   const tokens = item && state.isShown ? plane.tokenSlice(attention.map, slice, state.isSmooth) : null;
   if (tokens) {
@@ -471,6 +482,7 @@ function listenToControls() {
   on("scale", "change", (field) => (state.isOwnScale = field.value === "own"));
   on("upsampling", "change", (field) => (state.isSmooth = field.value === "smooth"));
   on("show", "change", (field) => (state.isShown = field.checked));
+  on("grey", "change", (field) => (state.isGrey = field.checked));
   on("order", "change", arrangeItems);
   on("slice", "input", (field) => setSlice(Number(field.value)));
   const level = () => setLevelAndWidth(Number($("level").value), Number($("width").value));

@@ -42,7 +42,7 @@ function blockText(id) {
 /** One picture or series: its values are unpacked when it is first shown. */
 class View {
   constructor(info, number) {
-    Object.assign(this, info); // name unit size spacing toward scale offset viewSize values
+    Object.assign(this, info); // name unit size spacing toward window scale offset viewSize values
     this.number = number;
     this.ready = null;
     this.isReady = false;

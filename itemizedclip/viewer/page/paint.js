@@ -30,10 +30,25 @@ function overlayColours(table, { top, threshold, opacity }) {
   const colours = new Uint32Array(256);
   for (let step = 0; step < 256; step++) {
     if ((step / 255) * top < threshold) continue;
-    const alpha = Math.round(255 * opacity * (0.4 + 0.6 * (step / 255)));
+    const alpha = Math.round(255 * opacity * Math.sqrt(step / 255)); // faint where little is
     colours[step] = (alpha << 24) | (table[3 * step + 2] << 16) | (table[3 * step + 1] << 8) | table[3 * step];
   }
   return colours;
+}
+
+/** The picture 16 times as large: browsers weigh neighbours in sixteenths, which shows when one step goes further. */
+function stretched(small) {
+  const large = newCanvas(16 * small.width, 16 * small.height);
+  large.getContext("2d").drawImage(small, 0, 0, large.width, large.height);
+  return large;
+}
+
+/** Take the colours out of a photograph, so that colour means attention and nothing else. */
+function paintGrey(context) {
+  context.globalCompositeOperation = "saturation";
+  context.fillStyle = "#808080";
+  context.fillRect(0, 0, context.canvas.width, context.canvas.height);
+  context.globalCompositeOperation = "source-over";
 }
 
 /** Draw tokens over the slice: the canvas stretches the small picture of them, then each pixel takes its colour. */
@@ -52,7 +67,7 @@ function paintTokens(context, scratch, plane, tokens, colours, top, isSmooth) {
   large.imageSmoothingEnabled = isSmooth;
   large.setTransform(...plane.transform(width, height));
   const u = plane.seen(plane.across), v = plane.seen(plane.down);
-  large.drawImage(small, u.start, v.start, u.length, v.length);
+  large.drawImage(isSmooth ? stretched(small) : small, u.start, v.start, u.length, v.length);
   const image = large.getImageData(0, 0, width, height);
   const pixels = new Uint32Array(image.data.buffer);
   for (let i = 0; i < pixels.length; i++) pixels[i] = pixels[i] >>> 24 < 128 ? 0 : colours[pixels[i] & 255];
