@@ -4,11 +4,13 @@
     itemizedclip index      encode a folder of images once, so that search finds them
     itemizedclip search     find images of an index by text, and where each text looked
     itemizedclip report     one image or study and where each of its items looked, as one HTML file
+    itemizedclip explain    the same as pictures and NIfTI volumes, or as numbers over a set
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +19,7 @@ COMMANDS = {
     "index": ("itemizedclip.search.index_command", "encode a folder of images once, so that search finds them"),
     "search": ("itemizedclip.search.search_command", "find images of an index by text, and where each text looked"),
     "report": ("itemizedclip.report", "one image or study and where each of its items looked, as one HTML file"),
+    "explain": ("itemizedclip.explain", "the same as pictures and NIfTI volumes, or as numbers over a set"),
 }
 """Name → (module with `main(argv)`, one line for --help)."""
 
@@ -47,7 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"itemizedclip: {problem}\n\n{usage()}", file=sys.stderr)
         raise SystemExit(2)
     module, _ = COMMANDS[arguments[0]]
-    importlib.import_module(module).main(arguments[1:])
+    try:
+        importlib.import_module(module).main(arguments[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output, such as head, had enough; the interpreter's last flush shall not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":
