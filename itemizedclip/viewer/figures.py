@@ -369,13 +369,14 @@ class Sheet:
         return figure.add_axes((x / self.width, bottom, width / self.width, height / self.height))
 
 
-def legend_of(panels: list[Panel]) -> str:
-    """What colours and signs mean, as far as the panels use them."""
+def legend_of(panels: Sequence[Panel], more_notes: Sequence[str] = ()) -> str:
+    """What colours and signs mean, as far as the panels and other notes of a figure use them."""
+    notes = [*(panel.note for panel in panels), *more_notes]
     maps = [panel.values for panel in panels if panel.values is not None]
     sentences = ["Colour: attention on a patch, as a multiple of an even spread over all patches (1× = even)."]
-    if any("nowhere" in panel.note for panel in panels):
+    if any("nowhere" in note for note in notes):
         sentences.append("Nowhere: share of the attention that rests on no patch.")
-    if any("peak" in panel.note for panel in panels):
+    if any("peak" in note for note in notes):
         sentences.append("Peak: the most attended patch.")
     if not all(np.isfinite(values).all() for values in maps):
         sentences.append("Pale: outside the crop, never seen by the model.")

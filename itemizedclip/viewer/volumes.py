@@ -140,7 +140,8 @@ def montage_figure(
         raise ValueError("a montage needs at least one item and one slice")
     blocks = [_item_block(explanation, k, num_slices, mode) for k in chosen]
     panels = [panel for block in blocks for panel in block.panels]
-    legend = [legend_of(panels), "Percent: share of the item's attention on the slab of slices around the one shown."]
+    legend = [legend_of(panels, [block.note for block in blocks])]
+    legend += ["Percent: share of the item's attention on the slab of slices around the one shown."]
     if any(panel.marks != ("", "") for panel in panels):
         legend.append("Letters: side of the patient.")
     sheet = Sheet(

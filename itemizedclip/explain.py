@@ -1,0 +1,298 @@
+"""The command `itemizedclip explain`: where items look, as pictures and volumes of one input or as numbers over a set.
+
+    itemizedclip explain scene.png --checkpoint epoch_3.pt --items "a small red seven;a large cyan two"
+    itemizedclip explain STUDY/ --checkpoint epoch_24.pt --items-file report.txt --output study
+    itemizedclip explain --scenes lattice --checkpoint epoch_3.pt
+    itemizedclip explain --folder studies/ --items-json findings.json --masks masks/ --checkpoint epoch_24.pt
+    torchrun --nproc_per_node 4 -m itemizedclip.explain --folder …          the same numbers
+
+Axes: K items of one input.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from itemizedclip.data.scenes import ScenesDataset, resolve_level
+from itemizedclip.evaluation.encoding import EncodingOptions
+from itemizedclip.evaluation.explain import ExplainEvaluator
+from itemizedclip.evaluation.report import EvaluationReport, file_sha256, metrics_table, progress_bar, write_results
+from itemizedclip.models.factory import LoadedModel, create_transform, load_pretrained
+from itemizedclip.report import read_items_file, score_table, split_texts
+from itemizedclip.training.distributed import Ranks, launch, on_main
+from itemizedclip.training.engine import reported_errors
+from itemizedclip.training.options import DistributedSettings, RunOptions, RunSettings
+from itemizedclip.viewer.explainer import Explainer
+from itemizedclip.viewer.files import ExplanationFiles, write_explanation
+from itemizedclip.viewer.inputs import open_input
+from itemizedclip.viewer.sets import open_explain_set
+
+logger = logging.getLogger(__name__)
+
+PROG = "itemizedclip explain"
+DESCRIPTION = (
+    "Where items look. With INPUT: pictures, and of a study NIfTI volumes. With --scenes or --folder: measures over a "
+    "set (MLL, mAMS; with masks also pointing game and mIoU)."
+)
+
+
+@dataclass(frozen=True)
+class SetSettings:
+    """Measures over a set, instead of one input."""
+
+    scenes: str | None = None
+    """Itemized scenes of this level (lattice, easy, standard, crowded, held_out): made here, with masks."""
+
+    num_scenes: int = 500
+    """Test scenes."""
+
+    seed: int = 0
+    """Seed of the scenes."""
+
+    folder: Path | None = None
+    """Folder of images, studies or scans."""
+
+    items_json: Path | None = None
+    """Their items: {"NAME": ["item", …]}, or findings.json of a synthetic cohort."""
+
+    masks: Path | None = None
+    """Folder of their masks, by name: .npz, .pt, or a folder of .png (docs/explain.md)."""
+
+    allow_missing: bool = False
+    """Go on without names of --items-json that are not in --folder; otherwise they are an error."""
+
+    tolerance: float = 0.5
+    """Pointing game: a peak this near to the mask still hits, in patches; 0 asks for the mask itself."""
+
+    batch_size: int | None = None
+    """Images per forward pass; default 32, of studies 1."""
+
+    workers: int = 0
+    """Processes that read inputs; 0: none besides this one."""
+
+    def __post_init__(self) -> None:
+        if self.scenes is not None:
+            resolve_level(self.scenes)
+        if self.scenes is not None and self.folder is not None:
+            raise ValueError("--scenes and --folder: give one of them")
+        if self.folder is not None and self.items_json is None:
+            raise ValueError("--folder needs --items-json, the items of its images or studies")
+        if self.folder is None and (self.items_json is not None or self.masks is not None):
+            raise ValueError("--items-json and --masks need --folder")
+        for name, value, lowest in (
+            ("num-scenes", self.num_scenes, 1), ("tolerance", self.tolerance, 0), ("workers", self.workers, 0),
+            ("batch-size", self.batch_size or 1, 1),
+        ):  # fmt: skip
+            if value < lowest:
+                raise ValueError(f"--{name} is {value}; expected at least {lowest}")
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    """One input or a set, by which model, and where the results go."""
+
+    checkpoint: Annotated[Path, tyro.conf.arg(aliases=("--resume",))]
+    """Checkpoint of a run or a released one (.pt, .safetensors)."""
+
+    input: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")] = None
+    """An image file, or what the model's family reads: a study folder, a scan."""
+
+    model: str | None = None
+    """Model name or config .json; only for released checkpoints, which do not carry their config."""
+
+    items: str | None = None
+    """Texts to look for, joined by ';'; default: the input's own items, where it has some."""
+
+    items_file: Path | None = None
+    """The same from a file: one text per line, or a .json list of texts."""
+
+    output: Path | None = None
+    """Folder of the results; default: NAME.explain here, of a set CHECKPOINT.explain beside the checkpoint."""
+
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda or cuda:N."""
+
+    normalise_tokens: bool = False
+    """L2-normalise image tokens before the head, as published zero-shot evaluation does; changes the third decimal."""
+
+    files: Annotated[ExplanationFiles, tyro.conf.arg(name="")] = field(default_factory=ExplanationFiles)
+    over: Annotated[SetSettings, tyro.conf.arg(name="")] = field(default_factory=SetSettings)
+    distributed: Annotated[DistributedSettings, tyro.conf.arg(name="")] = field(default_factory=DistributedSettings)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"--device is {self.device!r}; expected auto, cpu, cuda or cuda:N")
+        if self.items is not None and self.items_file is not None:
+            raise ValueError("--items and --items-file: give one of them")
+        if self.items is not None and not split_texts(self.items):
+            raise ValueError('--items holds no text; expected such as "a runway;parked planes"')
+        if (self.input is None) == (self.over.scenes is None and self.over.folder is None):
+            raise ValueError("give one input (a file or folder), or a set by --scenes LEVEL or --folder DIR")
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts given by flags."""
+        if self.items_file is not None:
+            return read_items_file(self.items_file)
+        return split_texts(self.items or "")
+
+
+def run(options: ExplainOptions) -> dict[str, float]:
+    """Explain one input, or measure a set; returns the measures of a set.
+
+    Raises:
+        BadSampleError, CheckpointError, FileNotFoundError, SetupError, ValueError: each one sentence with its remedy.
+    """
+    settings = RunOptions(run=RunSettings(device=options.device), distributed=options.distributed)
+    with launch(settings) as ranks:
+        texts = options.texts
+        loaded = load_pretrained(options.checkpoint, config=options.model)
+        loaded.model.to(ranks.device)
+        if options.input is not None:
+            on_main(lambda: explain_one(options, loaded, texts))
+            return {}
+        return measure(options, loaded, ranks)
+
+
+# --- one input -------------------------------------------------------------------------------------------------------
+
+
+def explain_one(options: ExplainOptions, loaded: LoadedModel, texts: list[str]) -> None:
+    """Write pictures, volumes and JSON of one input, print its scores."""
+    assert options.input is not None
+    source = open_input(options.input, loaded)
+    items = texts or source.items
+    if not items:
+        raise ValueError(
+            f'{options.input}: has no items of its own; give texts by --items "a runway;parked planes" or --items-file'
+        )
+    for note in source.notes:
+        logger.info(note)
+    explainer = Explainer(loaded, source, normalise_tokens=options.normalise_tokens)
+    explanation = explainer.explain(items)
+    folder = options.output or Path(f"{options.input.resolve().name.partition('.')[0]}.explain")
+    facts = {
+        "checkpoint": str(options.checkpoint),
+        "checkpoint_sha256": file_sha256(options.checkpoint),
+        "model": loaded.config.get("name", ""),
+        "normalise_tokens": options.normalise_tokens,
+        "cut_items": [text for text, cut in zip(items, explainer.cut_items(items)) if cut],
+    }
+    written = write_explanation(
+        explanation, folder, options.files, facts, with_images=not is_nifti_name(options.input.name)
+    )
+    Console().print(score_table(explanation))
+    if facts["cut_items"]:
+        print(f"Longer than the text tower reads, or just as long: {'; '.join(facts['cut_items'])}")
+    print_written(folder, written)
+
+
+def is_nifti_name(name: str) -> bool:
+    """Whether a file needs no copy of itself as NIfTI beside its attention volumes."""
+    return name.lower().endswith((".nii", ".nii.gz"))
+
+
+def print_written(folder: Path, written: Sequence[Path]) -> None:
+    """Say what lies in the folder."""
+    pictures = [path.name for path in written if path.suffix in (".png", ".pdf")]
+    volumes = sum(path.name.endswith(".nii.gz") for path in written)
+    print(f"written to {folder.resolve()}: {', '.join([*pictures, written[-1].name])}", end="")
+    print(f", {volumes} volumes in volumes/" if volumes else "")
+
+
+# --- a set -----------------------------------------------------------------------------------------------------------
+
+
+def measure(options: ExplainOptions, loaded: LoadedModel, ranks: Ranks) -> dict[str, float]:
+    """MLL, mAMS and, with masks, pointing game and mIoU over a set; table and results.json."""
+    over = options.over
+    dataset: Any
+    facts: dict[str, Any]
+    if over.scenes is not None:
+        dataset, facts = _scenes(over, loaded)
+        name = f"itemized scenes, {over.scenes}"
+    else:
+        assert over.folder is not None
+        assert over.items_json is not None
+        dataset = open_explain_set(
+            over.folder, over.items_json, loaded, over.masks, allow_missing=over.allow_missing
+        )
+        facts = {
+            "folder": str(over.folder),
+            "items_json": str(over.items_json),
+            "missing": dataset.missing,
+            "without_items": dataset.without_items,
+        }
+        name = f"{over.folder.resolve().name}, {len(dataset)} inputs"
+    is_study = loaded.config["vision_cfg"].get("tower", "vit") != "vit"
+    with progress_bar("Explaining", enabled=ranks.is_main) as advance:
+        evaluator = ExplainEvaluator(
+            dataset,
+            loaded.tokenizer,
+            normalise_tokens=options.normalise_tokens,
+            tolerance_px=tuple(over.tolerance * size for size in patch_of(loaded.config)),
+            encoding=EncodingOptions(
+                batch_size=over.batch_size or (1 if is_study else 32), num_workers=over.workers
+            ),
+            on_progress=advance,
+        )
+        metrics = evaluator.run(loaded.model)
+    on_main(lambda: _report(options, name, metrics, evaluator.facts | facts))
+    return metrics
+
+
+def _scenes(over: SetSettings, loaded: LoadedModel) -> tuple[ScenesDataset, dict[str, Any]]:
+    if loaded.config["vision_cfg"].get("tower", "vit") != "vit":
+        raise ValueError("--scenes are photographs; a model of studies is measured by --folder")
+    dataset = ScenesDataset(
+        split="test",
+        num_scenes=over.num_scenes,
+        level=over.scenes or "",
+        seed=over.seed,
+        transform=create_transform(loaded.config, is_train=False),
+        shuffle_items=False,
+    )
+    return dataset, {"level": over.scenes, "seed": over.seed}
+
+
+def patch_of(config: dict[str, Any]) -> tuple[int, ...]:
+    """Pixels or voxels of a patch along each axis."""
+    size = config["vision_cfg"]["patch_size"]
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _report(options: ExplainOptions, name: str, metrics: dict[str, float], facts: dict[str, Any]) -> None:
+    folder = options.output or options.checkpoint.with_suffix(".explain")
+    facts = facts | {"checkpoint_sha256": file_sha256(options.checkpoint), "tolerance_patches": options.over.tolerance}
+    path = folder / "results.json"
+    write_results(path, EvaluationReport(name, "corrected", str(options.checkpoint), metrics, facts))
+    console = Console()
+    console.print(metrics_table(name, metrics))
+    console.print(
+        f"{facts['num_items']:,} items of {facts['num_images']:,} inputs, {facts['num_masks']:,} with a mask",
+        soft_wrap=True,
+    )
+    for what, names in (("not in the folder", facts.get("missing")), ("without items", facts.get("without_items"))):
+        if names:
+            console.print(f"{len(names):,} names {what} are left out, such as {names[0]}", soft_wrap=True)
+    console.print(f"written to {path}", soft_wrap=True, markup=False)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Entry point of `itemizedclip explain`."""
+    flags = (tyro.conf.OmitArgPrefixes,)
+    options = tyro.cli(ExplainOptions, args=argv, prog=PROG, description=DESCRIPTION, config=flags)
+    with reported_errors(PROG):
+        return run(options)
+
+
+if __name__ == "__main__":
+    main()
