@@ -532,6 +532,16 @@ def test_errors_of_a_script_are_one_line(tmp_path):
         _, _ = [1]
 
 
+def test_files_that_cannot_be_written_are_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop, reported_errors("toy"):
+        (tmp_path / "file" / "folder").mkdir()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == f"toy: error: {tmp_path / 'file' / 'folder'}: Not a directory\n"
+    with pytest.raises(BrokenPipeError), reported_errors():  # names no file: the trace stays
+        raise BrokenPipeError(32, "Broken pipe")
+
+
 def test_torchrun_variables_that_do_not_fit_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)

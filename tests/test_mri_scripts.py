@@ -23,10 +23,12 @@ from open_mri.zero_shot import plan_batches
 from open_mri_test import zero_shot_cq500, zero_shot_pub_brain_5, zero_shot_rsna
 from open_mri_test.zero_shot_pub_brain_5 import task_measures
 from open_mri_train import main as training
-from open_mri_train.recipes import RECIPES
+from open_mri_train.data import find_study_files
+from open_mri_train.recipes import RECIPES, StudyRun
 from sklearn.metrics import f1_score, roc_auc_score
 
 from itemizedclip.models.factory import load_pretrained
+from itemizedclip.training.options import parse_run
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "Radiology_Tasks" / "src" / "open_mri_test"
@@ -88,6 +90,11 @@ def trained(cohort, tmp_path_factory) -> Path:
 def train(*flags: str) -> None:
     """Training in this process."""
     training.main(["--recipe", "mri_debug", *SMALL, *flags])
+
+
+def parse(*flags: str) -> StudyRun:
+    """The options of these flags."""
+    return parse_run(RECIPES, "mri_debug", [*SMALL, *flags])
 
 
 def fails(capsys, function, *arguments) -> str:
@@ -169,11 +176,9 @@ def test_initial_weights_of_every_part(cohort, trained, tmp_path):
     torch.save({f"bert.{k}": v for k, v in donor.state_dict().items()}, bert / "pytorch_model.bin")
     mae = VisionTransformer(img_size=224, patch_size=16, embed_dim=96, depth=4, num_heads=4, num_classes=0)
     torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
-    options = training.parse_run(
-        RECIPES, "mri_debug",
-        [*SMALL, "--text-model", str(bert), "--image-weights", str(tmp_path / "mae.pth"),
-         "--series-name-weights", str(trained)],
-    )  # fmt: skip
+    options = parse(
+        "--text-model", str(bert), "--image-weights", str(tmp_path / "mae.pth"), "--series-name-weights", str(trained)
+    )
     model = build_model(options, options.data.volume_size)
     own, saved = model.state_dict(), torch.load(trained, weights_only=True)["state_dict"]
     assert torch.equal(own["visual.trunk.blocks.2.attn.qkv.weight"], mae.state_dict()["blocks.2.attn.qkv.weight"])
@@ -214,6 +219,58 @@ def test_wrong_training_flags_give_one_message(cohort, tmp_path, capsys):
     for flags, expected in cases:
         assert expected in fails(capsys, train, *here, *flags), flags
     assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
+def test_training_studies_without_a_folder_are_counted_before_the_first_step(cohort, tmp_path, capsys):
+    """Half a copy of the data, found by one listing instead of hours later."""
+    root = tmp_path / "mri"
+    shutil.copytree(cohort.mri, root)
+    here = ("--data-root", str(root), "--json-root", str(root), "--logs", str(tmp_path / "logs"), "--batch-size", "4")
+    here += ("--epochs", "1", "--val-frequency", "0")
+    studies = sorted((root / "train").iterdir())
+    for study in studies[:9]:
+        shutil.rmtree(study)
+    message = fails(capsys, train, *here).replace("\n", " ")
+    assert f"9 of 17 studies of {root / 'train.json'} have no folder in {root / 'train'}: {studies[0].name}" in message
+    assert "more than --max-bad-fraction 0.01 allows" in message
+    message = fails(capsys, train, *here, "--on-bad-sample", "stop")
+    assert "(--on-bad-sample skip goes on without them)" in message
+    train(*here, "--max-bad-fraction", "1", "--name", "half")
+    assert "9 of 17 studies" in capsys.readouterr().err
+    assert (tmp_path / "logs" / "half" / "checkpoints" / "epoch_1.pt").is_file()
+
+
+def test_validation_index_of_both_names(cohort, tmp_path, capsys):
+    shutil.copy(cohort.ct / "train.json", tmp_path / "train.json")
+    for name in ("valid.json", "val.json"):
+        shutil.copy(cohort.ct / "val.json", tmp_path / name)
+    here = ("--data-root", str(cohort.ct), "--json-root", str(tmp_path), "--logs", str(tmp_path / "logs"))
+    assert "take val.json with --is-ct" in fails(capsys, train, *here)
+    for flag in ("--is-ct", "--ct"):
+        assert find_study_files(cohort.ct, tmp_path, is_ct=parse(*here, flag).data.is_ct).valid_json.name == "val.json"
+    assert RECIPES["ct"]().data.is_ct
+    assert not RECIPES["mri"]().data.is_ct
+    (tmp_path / "val.json").unlink()
+    assert find_study_files(cohort.ct, tmp_path, is_ct=True).valid_json.name == "valid.json"
+
+
+def test_report_table_replaces_reports(cohort, tmp_path, capsys):
+    table = tmp_path / "reports.csv"
+    here = ("--data-root", str(cohort.mri), "--json-root", str(cohort.mri), "--logs", str(tmp_path / "logs"))
+    here += ("--report-replacer", str(table), "--epochs", "1", "--val-frequency", "0", "--name", "replaced")
+    for content, expected in (
+        (b"NOBODY,1. Acute stroke.\n", "none of its 1 studies (NOBODY, \u2026) is in"),
+        (b"MRI5TRAIN00000,no number\n", "line 1: study 'MRI5TRAIN00000'"),
+        (b"MRI5TRAIN00000,1. a,1. b\n", "line 1: 3 columns"),
+        (b"\xff\xfe\x00,1. a\n", "is no text in UTF-8"),
+    ):
+        table.write_bytes(content)
+        assert expected in fails(capsys, train, *here).replace("\n", " "), content
+    table.write_text('MRI5TRAIN00000,"1. Acute stroke.\n2. Old infarct."\nNOBODY,1. x\n')
+    train(*here)
+    log = capsys.readouterr().err
+    assert "replaces the reports of 1 of 22 studies" in log
+    assert "1 studies in no JSON file are not used, such as NOBODY" in log
 
 
 # --- zero-shot -------------------------------------------------------------------------------------------------------
@@ -487,12 +544,18 @@ def test_wrong_evaluation_flags_give_one_message(cohort, trained, tmp_path, caps
     wrong.write_text((cohort.root / "rsna" / "RSNA.csv").read_text().replace("Subdural", "SDH"))
     unknown = tmp_path / "list.txt"
     unknown.write_text("ID_0000000000\n")
+    binary = tmp_path / "binary.csv"
+    binary.write_bytes(b"\xff\xfe\x00study")
     rsna, pub_brain = zero_shot_rsna.main, zero_shot_pub_brain_5.main
     cases = [
         (rsna, [*here, *data, "--labels", str(wrong)], "no column 'Subdural'"),
         (rsna, [*here, *data, "--labels", "/nowhere.csv"], "/nowhere.csv"),
         (rsna, [*here, *data, "--study-lists", str(unknown)], "ID_0000000000"),
         (rsna, [*here, "--data-dir", "/nowhere"], "/nowhere"),
+        (rsna, [*here, *data, "--labels", str(binary)], "no text in UTF-8"),
+        (rsna, [*here, *data, "--study-lists", str(binary)], "no text in UTF-8"),
+        (rsna, [*here, *data, "--output", str(wrong / "out")], "another folder with --output"),
+        (rsna, [*here, *data, "--output", str(wrong)], "another folder with --output"),
         (rsna, [*here, *data, "--batch-size", "0"], "--batch-size"),
         (rsna, [*here, *data, "--protocol", "paper"], "protocol"),
         (rsna, [*here, *data, "--bloodonly"], "bloodonly"),

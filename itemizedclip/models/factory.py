@@ -11,6 +11,7 @@ import copy
 import difflib
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -172,9 +173,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return {"state_dict": load_file(str(path))}
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # PyTorch's advice to load the file without this protection is not passed on.
+        if "nsupported" not in str(error):
+            raise CheckpointError(f"{path}: is no checkpoint, or damaged; give a .pt or .safetensors file") from error
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({found[1]})" if found else ""
         raise CheckpointError(
-            f"{path}: holds Python objects besides tensors and plain data, which are not loaded because loading could "
-            f"run code. Save its state_dict alone and use that. ({str(error).splitlines()[0]})"
+            f"{path}: holds Python objects besides tensors and plain data{what}, which are not loaded because loading "
+            "could run code. Save its state_dict alone and use that"
         ) from error
     except Exception as error:
         raise CheckpointError(

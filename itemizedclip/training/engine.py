@@ -121,8 +121,8 @@ def train(
 def reported_errors(prog: str | None = None) -> Iterator[None]:
     """Turn errors a user can mend into one line on standard error and exit status 1; others keep their trace.
 
-    Those are the ValueErrors raised by the project's own code, missing files, and, on several ranks, connections
-    that broke because another rank failed: its message is the one to read.
+    Those are the ValueErrors raised by the project's own code, files that are missing or cannot be opened or written,
+    and, on several ranks, connections that broke because another rank failed: its message is the one to read.
     """
     try:
         yield
@@ -130,6 +130,11 @@ def reported_errors(prog: str | None = None) -> Iterator[None]:
         if isinstance(error, ValueError) and not _raised_by_us(error):
             raise
         print(f"{prog or Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{prog or Path(sys.argv[0]).name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         raise SystemExit(1) from None
     except RuntimeError as error:
         if "by peer" not in str(error):

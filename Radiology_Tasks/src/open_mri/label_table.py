@@ -11,11 +11,16 @@ import csv
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from _csv import Reader
 
 _VALUES = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "-1": -1, "-1.0": -1}
 
@@ -67,6 +72,31 @@ def column_key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
+@contextmanager
+def open_csv(path: str | Path, *, holding: str) -> Iterator[Reader]:
+    """A reader of the rows of a CSV in UTF-8.
+
+    Args:
+        path: the file.
+        holding: what the file should hold, for messages.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: bytes that are no text, or text that is no CSV; raised while rows are read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a CSV with {holding}")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        try:
+            yield reader
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: is no text in UTF-8; expected a CSV with {holding}: save it as UTF-8") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}: line {reader.line_num}: {error}; expected a CSV with {holding}") from None
+
+
 def read_label_csv(
     path: str | Path,
     *,
@@ -90,10 +120,7 @@ def read_label_csv(
             row; names file, line and column.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a CSV with the columns {id_columns[0]}, …")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
+    with open_csv(path, holding=f"the columns {id_columns[0]}, …") as reader:
         header = next(reader, [])
         id_at = _find_column(path, header, id_columns)
         class_at = {name: _find_column(path, header, [column]) for name, column in class_columns.items()}
@@ -122,13 +149,10 @@ def header_of(path: str | Path) -> list[str]:
     """Column names of a CSV.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, ValueError: see `open_csv`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a CSV of labels")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return next(csv.reader(file), [])
+    with open_csv(path, holding="labels") as reader:
+        return next(reader, [])
 
 
 def has_column(header: Sequence[str], name: str) -> bool:

@@ -7,7 +7,6 @@ Axes: N studies.
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import re
@@ -19,6 +18,7 @@ import numpy as np
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.items import read_json
+from open_mri.label_table import open_csv
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +67,8 @@ def read_report_table(path: str | Path) -> dict[str, list[str]]:
         FileNotFoundError: no such file.
         ValueError: a row of another width, a study that stands twice, or a text without numbered lines.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a CSV of study and numbered report text")
     reports: dict[str, list[str]] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
+    with open_csv(path, holding="two columns, study and numbered report text") as reader:
         for row in reader:
             where = f"{path}: line {reader.line_num}"
             if not row:

@@ -498,6 +498,16 @@ def evaluate(options: ZeroShotOptions) -> dict[str, float]:
 def _open(options: ZeroShotOptions) -> Benchmark:
     if not options.data_dir.expanduser().is_dir():
         raise FileNotFoundError(f"{options.data_dir}: no such folder; expected the benchmark's studies (--data-dir)")
+    if not options.resume.exists():
+        raise FileNotFoundError(f"{options.resume}: no such checkpoint (--resume)")
+    try:
+        options.output_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{options.output_folder}: cannot be made ({error.strerror}); give another folder with --output"
+        ) from None
+    if not os.access(options.output_folder, os.W_OK):
+        raise ValueError(f"{options.output_folder}: cannot be written to; give another folder with --output")
     benchmark = options.open()
     logger.info(benchmark.describe())
     return benchmark

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from open_mri.benchmark import Benchmark, Protocol, assemble, visible_entries
-from open_mri.label_table import LabelTable, has_column, header_of, read_label_csv
+from open_mri.label_table import LabelTable, has_column, header_of, open_csv, read_label_csv
 from open_mri.studies import SeriesFile, Study
 
 WINDOWS = {"img_blood.pt": "BloodWindow", "img_bone.pt": "BoneWindow", "img_brain.pt": "BrainWindow"}
@@ -69,19 +69,20 @@ def read_study_list(paths: Sequence[str | Path]) -> list[str]:
         ValueError: a line that is no id, an id that stands twice, or no id at all.
     """
     ids: dict[str, None] = {}
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; expected one RSNA study id per line")
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                study = rsna_id(line)
-            except ValueError as error:
-                raise ValueError(f"{path}: line {number}: {error}") from None
-            if study in ids:
-                raise ValueError(f"{path}: line {number}: {study!r} stands twice in {', '.join(map(str, paths))}")
-            ids[study] = None
+    for path in paths:
+        with open_csv(path, holding="one RSNA study id per line") as reader:
+            for row in reader:
+                line = ",".join(row)
+                if not line.strip():
+                    continue
+                where = f"{path}: line {reader.line_num}"
+                try:
+                    study = rsna_id(line)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+                if study in ids:
+                    raise ValueError(f"{where}: {study!r} stands twice in {', '.join(map(str, paths))}")
+                ids[study] = None
     if not ids:
         raise ValueError(f"{', '.join(map(str, paths))}: no study id; expected one per line")
     return list(ids)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -52,14 +52,16 @@ class StudyFiles:
     valid_json: Path
 
 
-def find_study_files(data_root: str | Path | None = None, json_root: str | Path | None = None) -> StudyFiles:
+def find_study_files(
+    data_root: str | Path | None = None, json_root: str | Path | None = None, *, is_ct: bool = False
+) -> StudyFiles:
     """The files of a training run from two folders, by default those of DATA_ROOT and JSON_ROOT in the environment.
 
     Without JSON_ROOT the index files are looked for in the data folder. The validation index is valid.json or
-    val.json, whichever exists.
+    val.json, whichever exists; of both, val.json with `is_ct`, as the published code takes it.
 
     Raises:
-        ValueError: no data folder given, or both valid.json and val.json.
+        ValueError: no data folder given, or both valid.json and val.json without `is_ct`.
         FileNotFoundError: a folder or an index file is missing.
     """
     data = data_root or os.environ.get("DATA_ROOT")
@@ -76,9 +78,12 @@ def find_study_files(data_root: str | Path | None = None, json_root: str | Path 
         raise FileNotFoundError(f"{train_json}: no such file; expected the index of the training studies (--json-root)")
     if not valid_jsons:
         raise FileNotFoundError(f"{json_folder}: neither valid.json nor val.json; expected the validation studies")
-    if len(valid_jsons) == 2:
-        raise ValueError(f"{json_folder}: holds valid.json and val.json; remove or rename the one not meant")
-    return StudyFiles(data_folder, train_json, valid_jsons[0])
+    if len(valid_jsons) == 2 and not is_ct:
+        raise ValueError(
+            f"{json_folder}: holds valid.json and val.json; remove or rename the one not meant, or take val.json with "
+            "--is-ct"
+        )
+    return StudyFiles(data_folder, train_json, valid_jsons[-1])
 
 
 def find_study_folder(data_root: Path, split: str, studies: Sequence[str]) -> Path:
@@ -98,7 +103,7 @@ def find_study_folder(data_root: Path, split: str, studies: Sequence[str]) -> Pa
         if any((folder / study).is_dir() for study in studies):
             return folder
     raise FileNotFoundError(
-        f"none of the first {len(studies)} studies of {split}.json ({studies[0]}, …) is a folder in "
+        f"none of {len(studies)} studies of {split}.json ({studies[0]}, …) is a folder in "
         f"{' or '.join(map(str, candidates))}; give the folder that holds STUDY/SERIES/{VOLUME_FILE}"
     )
 
@@ -143,7 +148,7 @@ class StudyDataset(Dataset[ItemSample]):
         reports: Mapping[str, Sequence[str]] | None = None,
         on_bad_sample: Literal["skip", "stop"] = "stop",
     ) -> None:
-        """Open a split; reads the JSON file and looks for the first studies, no volume.
+        """Open a split; reads the JSON file and looks for a few studies, no volume.
 
         Args:
             data_root: folder of studies, or of split folders named like the JSON file.
@@ -157,7 +162,7 @@ class StudyDataset(Dataset[ItemSample]):
             on_bad_sample: what to do about JSON entries that cannot be used: "stop" raises, "skip" leaves them out.
 
         Raises:
-            FileNotFoundError: no JSON file, or none of its first studies below the data folder.
+            FileNotFoundError: no JSON file, or none of a few of its studies below the data folder.
             ValueError: num_items or num_series below 1, no usable study.
             BadSampleError: a JSON entry that cannot be used, with on_bad_sample="stop"; names study and field.
         """
@@ -169,10 +174,12 @@ class StudyDataset(Dataset[ItemSample]):
         self.num_series = num_series
         self.volume_size = volume_size
         self.seed = seed
-        self.index = StudyIndex(json_path, _EntryCheck(reports or {}), on_bad_sample=on_bad_sample)
-        first_studies = [self.index[i]["study"] for i in range(min(len(self.index), _STUDIES_LOOKED_FOR))]
-        self.study_folder = find_study_folder(Path(data_root).expanduser(), self.index.path.stem, first_studies)
-        self.skipped_series = SkippedSeries([len(self.index[i]["series"]) for i in range(len(self.index))])
+        check = _EntryCheck(reports or {})
+        self.index = StudyIndex(json_path, check, on_bad_sample=on_bad_sample)
+        spread = range(0, len(self.index), -(-len(self.index) // _STUDIES_LOOKED_FOR))
+        studies = [self.index[i]["study"] for i in spread]
+        self.study_folder = find_study_folder(Path(data_root).expanduser(), self.index.path.stem, studies)
+        self.skipped_series = SkippedSeries(check.series_counts)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -221,6 +228,17 @@ class StudyDataset(Dataset[ItemSample]):
         """All items of a study, in the report's order."""
         return self.index[index]["report"]
 
+    @property
+    def studies(self) -> list[str]:
+        """All study ids, in order, parsed anew."""
+        return [self.index[i]["study"] for i in range(len(self))]
+
+    def without_folder(self) -> list[str]:
+        """Studies that have no folder, in order: one listing of the study folder, however many studies there are."""
+        with os.scandir(self.study_folder) as entries:
+            on_disk = {entry.name for entry in entries}
+        return [study for study in self.studies if study not in on_disk]
+
     def describe_first_study(self) -> str:
         """One sentence for the log: where the studies are and how the first one's values and sizes were taken.
 
@@ -253,9 +271,15 @@ class StudyDataset(Dataset[ItemSample]):
 
 @dataclass(frozen=True)
 class _EntryCheck:
-    """Checks one entry of the index; `reports` replace its report."""
+    """Checks one entry of the index; `reports` replace its report.
+
+    Attributes:
+        reports: study → items.
+        series_counts: number of series of each study that passed, in order.
+    """
 
     reports: Mapping[str, Sequence[str]]
+    series_counts: list[int] = field(default_factory=list)
 
     def __call__(self, study: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         check_names([study], "study")
@@ -272,5 +296,7 @@ class _EntryCheck:
                 items = report_items(entry["report"])
             except ValueError as error:
                 raise ValueError(f"field 'report': {error}") from None
-        return {"series": check_names(list(series), "series"), "report": items}
+        names = check_names(list(series), "series")
+        self.series_counts.append(len(names))
+        return {"series": names, "report": items}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +21,13 @@ from open_mri.training import UsableStudies, build_model, report_skipped, usable
 from open_mri.volumes import Size, crop_series, read_volume
 
 from itemizedclip.data.batch import BadSampleError, ItemCollator
+from itemizedclip.data.preflight import PreflightError
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.models.factory import create_tokenizer
 from itemizedclip.training.distributed import Ranks, launch, on_main
 from itemizedclip.training.engine import TrainResult, reported_errors, train
-from itemizedclip.training.options import parse_run
+from itemizedclip.training.options import LoadingSettings, parse_run
 from open_mri_train.data import VOLUME_FILE, StudyDataset, StudyFiles, find_study_files
 from open_mri_train.recipes import RECIPES, StudyRun
 
@@ -52,6 +53,49 @@ def unusable_study(dataset: StudyDataset, row: int) -> str | None:
         return None
     more = f" (and {len(messages) - 1} more series)" if len(messages) > 1 else ""
     return f"{messages[0]}{more}"
+
+
+def check_folders(dataset: StudyDataset, loading: LoadingSettings) -> None:
+    """Stop before the first step when too many training studies have no folder: half a copy, or the wrong JSON file.
+
+    Raises:
+        PreflightError: more than --max-bad-fraction of the studies, or any with --on-bad-sample stop.
+    """
+    absent = dataset.without_folder()
+    if not absent:
+        return
+    shown = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
+    message = (
+        f"{len(absent):,} of {len(dataset):,} studies of {dataset.index.path} have no folder in "
+        f"{dataset.study_folder}: {shown}"
+    )
+    if loading.on_bad_sample == "stop":
+        raise PreflightError(f"{message}. Add them (--on-bad-sample skip goes on without them)")
+    if len(absent) > loading.max_bad_fraction * len(dataset):
+        raise PreflightError(
+            f"{message}, more than --max-bad-fraction {loading.max_bad_fraction:g} allows. Add them, take them out of "
+            "the JSON file, or raise the limit"
+        )
+    logger.warning("%s; others take their place", message)
+
+
+def check_reports(
+    reports: Mapping[str, Sequence[str]], datasets: Sequence[StudyDataset], *, source: Path | None
+) -> None:
+    """Say how many studies a report table serves, and refuse one that serves none.
+
+    Raises:
+        PreflightError: a table without any study of the JSON files.
+    """
+    known = {study for dataset in datasets for study in dataset.studies}
+    unknown = [study for study in reports if study not in known]
+    if len(unknown) == len(reports):
+        example = f" ({unknown[0]}, …)" if unknown else ""
+        files = " or ".join(str(dataset.index.path) for dataset in datasets)
+        raise PreflightError(f"{source}: none of its {len(reports):,} studies{example} is in {files}")
+    logger.info("%s replaces the reports of %d of %d studies", source, len(reports) - len(unknown), len(known))
+    if unknown:
+        logger.warning("%s: %d studies in no JSON file are not used, such as %s", source, len(unknown), unknown[0])
 
 
 def open_studies(
@@ -80,23 +124,35 @@ def open_studies(
             on_bad_sample=loading.on_bad_sample,
         )
 
+    def opened() -> tuple[StudyDataset, StudyDataset]:
+        return split(files.train_json, is_train=True), split(files.valid_json, is_train=False)
+
     def check() -> list[int]:
-        for json_path in (files.train_json, files.valid_json):
-            dataset = split(json_path, is_train=json_path == files.train_json)
+        train_split, valid_split = opened()
+        on_main_rank.extend((train_split, valid_split))
+        check_folders(train_split, loading)
+        if reports is not None:
+            check_reports(reports, on_main_rank, source=options.data.reports)
+        for dataset in on_main_rank:
             try:
                 logger.info(dataset.describe_first_study())
             except BadSampleError as error:
                 if loading.on_bad_sample == "stop":
                     raise
-                logger.warning("%d studies of %s; the first cannot be used: %s", len(dataset), json_path, error)
-        return usable_rows(dataset, partial(unusable_study, dataset), on_bad_sample=loading.on_bad_sample)
+                where = dataset.index.path
+                logger.warning("%d studies of %s; the first cannot be used: %s", len(dataset), where, error)
+        return usable_rows(valid_split, partial(unusable_study, valid_split), on_bad_sample=loading.on_bad_sample)
 
-    # The main rank first, which reports what is wrong with the files.
+    # The main rank first, which reports what is wrong with the files; an index of 220,000 studies is read only once.
+    on_main_rank: list[StudyDataset] = []
     rows = on_main(check)
-    if not ranks.is_main:
+    if on_main_rank:
+        train_split, valid_split = on_main_rank
+    else:
         # What the main rank has said of the index files need not be said again.
         logging.getLogger("open_mri.reports").setLevel(logging.ERROR)
-    return split(files.train_json, is_train=True), split(files.valid_json, is_train=False), rows
+        train_split, valid_split = opened()
+    return train_split, valid_split, rows
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
@@ -105,11 +161,12 @@ def open_studies(
 def main(argv: Sequence[str] | None = None) -> TrainResult:
     """Parse flags, build model and data, train."""
     options = parse_run(RECIPES, "mri", argv, prog="main.py", description=DESCRIPTION)
+    data = options.data
     with reported_errors(), launch(options) as ranks:
-        files = on_main(lambda: find_study_files(options.data.data_root, options.data.json_root))
-        model = build_model(options, options.data.volume_size)
+        files = on_main(lambda: find_study_files(data.data_root, data.json_root, is_ct=data.is_ct))
+        model = build_model(options, data.volume_size)
         config = model.visual.trunk.config
-        if config.series_names and not options.data.use_serienames:
+        if config.series_names and not data.use_serienames:
             raise ValueError(f"--model {options.model.model} reads series names; drop --no-use-serienames")
         volume_size = config.volume_size
         train_split, valid_split, rows = open_studies(options, files, volume_size, ranks)
@@ -127,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
             dataset=train_split,
             collator=ItemCollator(evaluator.tokenizer, options.loading.num_sampled_captions),
             evaluators=[evaluator],
-            transform=volume_transform(volume_size, num_series=options.data.num_series),
+            transform=volume_transform(volume_size, num_series=data.num_series),
             data_fingerprint=json.dumps(train_split.fingerprint),
             ranks=ranks,
         )

@@ -42,6 +42,9 @@ class StudyData:
     reports: Annotated[Path | None, tyro.conf.arg(aliases=("--report-replacer",))] = None
     """CSV of study and numbered report text, no header line, whose items replace those of the JSON files."""
 
+    is_ct: Annotated[bool, tyro.conf.arg(aliases=("--ct",))] = False
+    """Validation studies are those of val.json, also where valid.json lies beside it (as in published head CT runs)."""
+
     num_series: int = NUM_SERIES
     """Series slots of a training study, filled at random, with repeats when it has fewer; validation takes all."""
 
@@ -88,7 +91,7 @@ def mri() -> StudyRun:
 
 def ct() -> StudyRun:
     """Published recipe: HLIP on head CT, 8 GPUs × 32 studies, 24 epochs; paper: RSNA mean AUC of five findings 91.5."""
-    return mri()
+    return replace(mri(), data=StudyData(is_ct=True))
 
 
 def _debug_size(recipe: StudyRun) -> StudyRun:

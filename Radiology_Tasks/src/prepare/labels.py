@@ -36,7 +36,7 @@ from open_ct_rate.labels import (
     rad_chestct_id,
     read_ct_rate_labels,
 )
-from open_mri.label_table import LabelTable, column_key, count_differences, write_label_csv
+from open_mri.label_table import LabelTable, column_key, count_differences, open_csv, write_label_csv
 from open_mri_test.head_ct import CQ500_COLUMNS, CQ500_POSITIVES, RSNA_COLUMNS, cq500_id
 
 # --- RSNA ------------------------------------------------------------------------------------------------------------
@@ -78,15 +78,12 @@ def build_rsna(labels_csv: Path, images_csv: Path, *, allow_unknown_images: bool
 
 def _slice_labels(labels_csv: Path) -> dict[str, bytearray]:
     """Labels of each image, ID_<image>, in the order of `RSNA_COLUMNS`."""
-    if not labels_csv.is_file():
-        raise FileNotFoundError(f"{labels_csv}: no such file; expected RSNA's stage_2_train.csv")
     unset = 255
     column_of_type = {name.lower(): column for column, name in enumerate(RSNA_COLUMNS)}
     value_of = {"0": 0, "1": 1}
     images: dict[str, bytearray] = {}
     # Four and a half million rows: a plain loop over the file needs a tenth of a data frame's memory.
-    with labels_csv.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
+    with open_csv(labels_csv, holding="RSNA's slice labels (stage_2_train.csv)") as reader:
         header = next(reader, [])
         if [name.strip() for name in header] != ["ID", "Label"]:
             raise ValueError(f"{labels_csv}: columns {', '.join(header) or 'none'}; expected ID, Label")
