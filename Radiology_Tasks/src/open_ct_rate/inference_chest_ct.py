@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""One chest CT and any findings in words: a score for each, and where the model looked for it.
+
+    python3 inference_chest_ct.py scan.nii.gz --resume epoch_80.pt
+    python3 inference_chest_ct.py DICOM_FOLDER --resume epoch_80.pt --findings "pleural effusion;lung nodule"
+
+Writes a table of scores, explanation.json, a montage of the slices that matter, and for each finding a NIfTI volume
+that opens aligned with the scan. Without findings the 16 of CT-RATE are asked, in their published words. Scores are
+those of the zero-shot evaluation: TCSim with L2-normalised image tokens.
+
+Axes: K findings.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from open_mri.inputs import body_of, open_input
+from rich.console import Console
+
+from itemizedclip.evaluation.report import file_sha256
+from itemizedclip.explain import is_nifti_name, print_written
+from itemizedclip.models.factory import LoadedModel, load_pretrained
+from itemizedclip.report import read_items_file, score_table, split_texts
+from itemizedclip.training.distributed import choose_device
+from itemizedclip.training.engine import reported_errors
+from itemizedclip.training.tracking import logging_to_console
+from itemizedclip.viewer.explainer import Explainer
+from itemizedclip.viewer.files import ExplanationFiles, write_explanation
+from itemizedclip.viewer.inputs import Explanation
+from open_ct_rate.data_chest_ct import ChestInput, DoubleRescale, parse_input_info
+from open_ct_rate.labels import CHEST_CLASSES, chest_prompt
+
+logger = logging.getLogger(__name__)
+
+PROG = "inference_chest_ct.py"
+DESCRIPTION = "Score one chest CT for any findings in words, and show where the model looked for each."
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """What to read, by which model, what to look for."""
+
+    scan: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SCAN")]
+    """NIfTI file, .pt volume in HU at 3×1×1 mm, DICOM folder, or a DICOM file that stands for its series."""
+
+    resume: Annotated[Path, tyro.conf.arg(aliases=("--checkpoint",))]
+    """Checkpoint (.pt, .safetensors) of a run or the released one."""
+
+    findings: str | None = None
+    """Findings in words, joined by ';', such as "pleural effusion;lung nodule"; default: the 16 of CT-RATE."""
+
+    findings_file: Path | None = None
+    """The same from a file: one finding per line, or a .json list."""
+
+    model: str = "CTRATE_HLIP_BiomedBERT_itemizedclip"
+    """Config of a released checkpoint; checkpoints of runs carry their own."""
+
+    input_info: tuple[str, str, str] = ("-1150", "350", "crop")
+    """HU shown as black, HU shown as white, and crop or resize."""
+
+    double_rescale: DoubleRescale = "refuse"
+    """A scan whose HU were shifted down by a second rescale: refuse it, or undo the shift."""
+
+    output: Path | None = None
+    """Folder of the results; default: NAME.findings in the current folder."""
+
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda or cuda:N."""
+
+    files: Annotated[ExplanationFiles, tyro.conf.arg(name="")] = field(default_factory=ExplanationFiles)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"--device is {self.device!r}; expected auto, cpu, cuda or cuda:N")
+        if self.findings is not None and self.findings_file is not None:
+            raise ValueError("--findings and --findings-file: give one of them")
+        if self.findings is not None and not split_texts(self.findings):
+            raise ValueError('--findings holds no text; expected such as "pleural effusion;lung nodule"')
+        parse_input_info(self.input_info)
+
+    @property
+    def names(self) -> list[str]:
+        """The K findings to look for, each once."""
+        if self.findings_file is not None:
+            return list(dict.fromkeys(read_items_file(self.findings_file)))
+        return list(dict.fromkeys(split_texts(self.findings or ""))) or list(CHEST_CLASSES)
+
+
+def prompt_of(finding: str) -> str:
+    """The published text of one of the 16 classes, by its name; any other words as they are."""
+    classes = {name.lower(): name for name in CHEST_CLASSES}
+    name = classes.get(finding.strip().lower())
+    return finding if name is None else chest_prompt(name)
+
+
+def load_chest_model(options: InferenceOptions) -> LoadedModel:
+    """The model, on its device.
+
+    Raises:
+        CheckpointError: a checkpoint that cannot be used.
+        SetupError: a GPU is asked for that does not exist.
+        ValueError: a model of something else than chests.
+    """
+    device = choose_device(options.device, 0, 1)
+    loaded = load_pretrained(options.resume, config=options.model)
+    if loaded.config["vision_cfg"].get("tower") != "hlip" or body_of(loaded.config) != "chest":
+        raise ValueError(
+            f"{options.resume}: is no chest CT model; expected a checkpoint of train_ctrate (other models are asked by "
+            "itemizedclip explain)"
+        )
+    for note in loaded.notes:
+        logger.info("%s: %s", options.resume, note)
+    loaded.model.to(device)
+    return loaded
+
+
+def run(options: InferenceOptions) -> Explanation:
+    """Score, write, show.
+
+    Raises:
+        BadSampleError, CheckpointError, FileNotFoundError, SetupError, ValueError: each one sentence with its remedy.
+    """
+    names = options.names
+    window, fit = parse_input_info(options.input_info)
+    loaded = load_chest_model(options)
+    source = open_input(options.scan, loaded, ChestInput(window, fit, double_rescale=options.double_rescale))
+    for note in source.notes:
+        logger.info(note)
+    prompts = [prompt_of(name) for name in names]
+    explanation = Explainer(loaded, source, normalise_tokens=True).explain(prompts)
+    shown = replace(explanation, items=names)
+    folder = options.output or Path(f"{options.scan.resolve().name.partition('.')[0]}.findings")
+    facts = {
+        "checkpoint": str(options.resume),
+        "checkpoint_sha256": file_sha256(options.resume),
+        "model": loaded.config.get("name", ""),
+        "prompts": dict(zip(names, prompts)),
+        "normalise_tokens": True,
+        "window_hu": [window.hu_min, window.hu_max],
+        "fit": fit,
+        "score": "TCSim, a cosine between -1 and 1; no probability: compare a finding's score with that of other scans",
+    }
+    written = write_explanation(shown, folder, options.files, facts, with_images=not is_nifti_name(options.scan.name))
+    Console().print(score_table(shown))
+    print("A score is no probability: compare it with the same finding's in other scans. For research only.")
+    print_written(folder, written)
+    return shown
+
+
+def main(argv: Sequence[str] | None = None) -> Explanation:
+    """Command line."""
+    flags = (tyro.conf.OmitArgPrefixes,)
+    options = tyro.cli(InferenceOptions, args=argv, prog=PROG, description=DESCRIPTION, config=flags)
+    with reported_errors(PROG), logging_to_console(0):
+        return run(options)
+
+
+if __name__ == "__main__":
+    main()
