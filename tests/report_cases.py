@@ -58,9 +58,10 @@ def study(size=(16, 64, 64), grid=(2, 4, 4), spots=((1, 0, 2, 1), (2, 1, 1, 3)),
 
 
 def scan(size=(12, 50, 60), view=(16, 48, 48), grid=(4, 4, 4), spots=((0, 1, 3, 0),), affine=None):
-    """One CT scan in HU, with negative and large values, padded along the body and cropped in plane by the model."""
+    """One CT scan in HU, in tiles of 5 × 5 negative and large values, padded along the body and cropped in plane by the model."""
     generator = np.random.default_rng(0)
-    values = generator.integers(-1024, 3072, size, dtype=np.int16)
+    coarse = generator.integers(-1024, 3072, (size[0], size[1] // 5, size[2] // 5), dtype=np.int16)
+    values = coarse.repeat(5, axis=1).repeat(5, axis=2)
     geometry = Geometry.of_input(size).crop([(n - v) // 2 for n, v in zip(size, view)], view)
     shown = InputView("CHEST", values, "hu", geometry, (5.0, 0.7, 0.7), affine, window_hu=(-1150.0, 350.0))
     source = ModelInput("CHEST", torch.zeros(1, 1, *view), [shown])

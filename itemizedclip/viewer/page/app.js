@@ -226,29 +226,34 @@ function centreTab() {
   tabs.scrollLeft = tab.offsetLeft - tabs.offsetLeft - (tabs.clientWidth - tab.offsetWidth) / 2;
 }
 
-function chip(text, isPressed, act) {
-  const button = element("button", { type: "button", "aria-pressed": String(isPressed) }, text);
+function chip(text, act) {
+  const button = element("button", { type: "button" }, text);
   button.addEventListener("click", act);
   return button;
 }
 
+/** Planes and window presets of the current view; drawTools keeps them up to date. */
 function buildTools() {
-  const view = currentView(), current = windowOf(view);
+  const view = currentView();
   $("grey-field").hidden = isVolume(view);
   $("tools").hidden = $("presets").hidden = $("planes").hidden = $("window").hidden = !isVolume(view);
   if (!isVolume(view)) return;
   $("planes").replaceChildren(
-    ...[0, 1, 2].map((normal) => chip(new Plane(view, normal, TOKENS).name, normal === state.normal, () => {
+    ...[0, 1, 2].map((normal) => chip(new Plane(view, normal, TOKENS).name, () => {
       state.normal = normal;
-      buildTools();
-      buildPanes();
       redraw();
     })),
   );
   $("presets").replaceChildren(
-    ...presetsOf(view).map(([preset, low, high]) => chip(preset, preset === current.preset, () => setWindow({ preset, low, high }))),
+    ...presetsOf(view).map(([preset, low, high]) => chip(preset, () => setWindow({ preset, low, high }))),
   );
-  const { min, max } = view.range, { low, high } = current;
+}
+
+function drawTools(view) {
+  if (!isVolume(view)) return;
+  const { preset, low, high } = windowOf(view), { min, max } = view.range;
+  [...$("planes").children].forEach((button, normal) => button.setAttribute("aria-pressed", String(normal === state.normal)));
+  for (const button of $("presets").children) button.setAttribute("aria-pressed", String(button.textContent === preset));
   Object.assign($("level"), { min: Math.min(min, low), max: Math.max(max, high), value: Math.round((low + high) / 2) });
   Object.assign($("width"), { max: Math.max(max - min, Math.ceil(high - low)), value: Math.round(high - low) });
   const unit = view.unit === "hu" ? " HU" : "";
@@ -258,9 +263,6 @@ function buildTools() {
 
 function setWindow(window) {
   state.windows.set(windowKey(currentView()), window);
-  const focused = document.activeElement?.closest("#presets") ? [...$("presets").children].indexOf(document.activeElement) : -1;
-  buildTools();
-  $("presets").children[focused]?.focus();
   redraw();
 }
 
@@ -284,7 +286,7 @@ function drawSlices(plane, slice) {
   $("slices").hidden = !isStack;
   if (!isStack) return;
   Object.assign($("slice"), { max: plane.count - 1, value: slice });
-  $("slice-label").textContent = `${plane.name === "Slices" ? "Slice" : plane.name} ${slice + 1} / ${plane.count}`;
+  $("slice-label").textContent = `${plane.name} ${slice + 1} / ${plane.count}`;
   $("slice").setAttribute("aria-valuetext", `${slice + 1} of ${plane.count}`);
   const bars = [], shown = state.chosen.filter(Boolean);
   shown.forEach((item, k) => {
@@ -440,6 +442,7 @@ function draw() {
   drawLegend();
   if (!plane.view.isReady) return;
   const slice = sliceOf(plane);
+  drawTools(plane.view);
   drawSlices(plane, slice);
   for (const pane of panes) drawPane(pane, plane, slice);
 }

@@ -90,7 +90,8 @@ function rangeOf(array) {
     for (let level = 0; level < counts.length; level++) if ((sum += counts[level]) >= share * total) return min + level;
     return max;
   };
-  return total ? { min, max, low: quantile(0.01), high: quantile(0.995) } : { min, max, low: min, high: max };
+  const [low, high] = total ? [quantile(0.01), quantile(0.995)] : [min, max];
+  return low < high ? { min, max, low, high } : { min, max, low: min, high: max };
 }
 
 /** One text with the attention of its heads, in multiples of an even spread: (H, S, d, h, w). */

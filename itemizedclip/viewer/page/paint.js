@@ -36,9 +36,12 @@ function overlayColours(table, { top, threshold, opacity }) {
   return colours;
 }
 
-/** The picture 16 times as large: browsers weigh neighbours in sixteenths, which shows when one step goes further. */
+/**
+ * The picture 8 times as large. Browsers weigh neighbours in sixteenths: eight steps per patch need just those, while
+ * going to the screen at once shows stairs and shifts the whole by half a stair.
+ */
 function stretched(small) {
-  const large = newCanvas(16 * small.width, 16 * small.height);
+  const large = newCanvas(8 * small.width, 8 * small.height);
   large.getContext("2d").drawImage(small, 0, 0, large.width, large.height);
   return large;
 }

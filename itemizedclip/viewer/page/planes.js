@@ -1,7 +1,7 @@
 // Cuts through a view: which voxels lie where on the screen, and which token saw them.
 // Positions are measured between voxel edges, as in itemizedclip/viewer/maps.py: voxel n covers n … n + 1.
 
-const UNNAMED_PLANES = ["Slices", "Along rows", "Along columns"];
+const UNNAMED_PLANES = ["Slice", "Row", "Column"];
 const OPPOSITE = { L: "R", R: "L", A: "P", P: "A", S: "I", I: "S" };
 
 class Plane {
