@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -391,9 +392,7 @@ def test_wrong_settings(world, copy, tmp_path, capfd):
     other = save_model(tmp_path / "other.pt", seed=1)
     start = ["index", copy.images, "--checkpoint"]
     assert "made with another checkpoint (sha256" in refused(capfd, *start, other)
-    assert "another storage (float16, not bfloat16)" in refused(
-        capfd, *start, copy.checkpoint, "--storage", "bfloat16"
-    )
+    assert "another storage (float16, not bfloat16)" in refused(capfd, *start, copy.checkpoint, "--storage", "bfloat16")
     assert "another precision (fp32, not amp_bf16)" in refused(
         capfd, *start, copy.checkpoint, "--precision", "amp_bf16"
     )
@@ -733,6 +732,19 @@ def test_a_text_longer_than_the_tower_reads(world):
     opened = open_index(world.index, device="cpu")
     long = "a very long text about a lake and hills and trees and roofs"
     assert opened.cut_texts(["a lake", long]) == [long]
+
+
+def test_the_program_of_the_documentation_runs(copy):
+    """The code block of docs/search.md, beside the index, as a user would type it."""
+    page = (Path(__file__).parents[1] / "docs" / "search.md").read_text(encoding="utf-8")
+    program = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert program is not None
+    done = subprocess.run(
+        [sys.executable, "-c", program[1]], cwd=copy.index.parent, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2 * 5 + 1
+    assert len(list(copy.index.parent.glob("*.png"))) in (1, 2)
 
 
 def test_help(capsys):

@@ -322,15 +322,11 @@ class FeatureStore:
         self._maps: dict[int, ImageFeatures] = {}
         self._shard_N = torch.tensor([image.shard for image in manifest.images], dtype=torch.int64)
         self._row_N = torch.tensor([image.row for image in manifest.images], dtype=torch.int64)
-        self._by_place = sorted(range(len(manifest.images)), key=lambda n: self._place(manifest.images[n]))
+        self._place_N = (self._shard_N << 32) | self._row_N  # orders images as they lie on disk
         present = shard_files(folder)
         for number in self.shard_numbers:
             if number not in present:
                 raise _damaged(shard_path(folder, number), FileNotFoundError())
-
-    @staticmethod
-    def _place(image: IndexedImage) -> tuple[int, int]:
-        return image.shard, image.row
 
     def __len__(self) -> int:
         """N."""
@@ -359,10 +355,9 @@ class FeatureStore:
 
     def chosen_batches(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, ImageFeatures]]:
         """The same for some images, in the order in which they lie on disk."""
-        in_order = sorted(numbers, key=lambda n: self._place(self.manifest.images[n]))
-        for start in range(0, len(in_order), IMAGES_PER_READ):
-            part = in_order[start : start + IMAGES_PER_READ]
-            yield torch.tensor(part, device=self.device), self.features(part)
+        chosen = torch.tensor(numbers, dtype=torch.int64)
+        for part in chosen[self._place_N[chosen].argsort()].split(IMAGES_PER_READ):
+            yield part.to(self.device), self.features(part.tolist())
 
     def features(self, numbers: Sequence[int]) -> ImageFeatures:
         """Features of B images, in the order asked for, in their storage type."""
@@ -374,7 +369,7 @@ class FeatureStore:
 
     def _shards(self, share: tuple[int, int]) -> Iterator[tuple[Tensor, ImageFeatures]]:
         """Image numbers by row, and the features, of each shard of the share."""
-        by_place = torch.tensor(self._by_place, dtype=torch.int64)
+        by_place = self._place_N.argsort()
         numbers, counts = self._shard_N[by_place].unique_consecutive(return_counts=True)
         parts = list(zip(numbers.tolist(), by_place.split(counts.tolist())))
         for number, images in parts[share[0] :: share[1]]:
