@@ -183,7 +183,10 @@ def test_head_ct_benchmarks(cohort):
         assert not benchmark.labels_NC.all()
         planted = open_cohort(cohort / benchmark.name)
         for row, study in enumerate(benchmark.studies):
-            names = {finding["finding"] for finding in planted.studies[study.study_id]}
+            folder = study.study_id if benchmark.name == "cq500" else f"RSNA_{study.study_id}"
+            names = {finding["finding"] for finding in planted.studies[folder]}
+            shown = {name for finding in planted.studies[folder] for name in finding["series"]}
+            assert shown <= {series.name for series in study.series}
             bleeds = {"IPH", "IVH", "SDH", "EDH", "SAH"}
             assert benchmark.labels_NC[row, 0] == bool(names & bleeds)
             loaded = benchmark.load(row, size=(8, 32, 32))

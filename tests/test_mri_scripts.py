@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -567,6 +569,57 @@ def test_wrong_evaluation_flags_give_one_message(cohort, trained, tmp_path, caps
     ]
     for main, arguments, expected in cases:
         assert expected in fails(capsys, main, arguments).replace("\n", " "), arguments
+
+
+# --- the proof on the cohort -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def proof() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("mri_cohort", ROOT / "benchmarks" / "mri_cohort.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("domain", ["mri", "head_ct"])
+def test_proof_runs_at_its_quick_size(proof, domain, tmp_path, capsys):
+    assert proof.main(["--output", str(tmp_path / "proof"), "--domain", domain, "--quick"]) == 0
+    report = json.loads((tmp_path / "proof" / "results.json").read_text())
+    metrics, facts = report["metrics"], report["facts"]
+    findings = sum(len(read_findings(tmp_path / "proof" / "cohort" / name)) for name in PROOF_SETS[domain])
+    assert facts["num_findings"] == findings > 0
+    assert 0 <= metrics["attention/mask"] <= metrics["attention/within_one_patch"] <= metrics["attention/series"] <= 1
+    for name in ("series", "mask", "within_one_patch"):
+        assert 0 < metrics[f"attention/{name}/chance"] < 1
+    assert 0 <= metrics["mean_auc"] <= 1
+    assert "zero-shot mean AUC" in capsys.readouterr().out
+    assert "is not empty" in fails(capsys, proof.main, ["--output", str(tmp_path / "proof"), "--quick"])
+
+
+PROOF_SETS = {"mri": ["pub_brain_5"], "head_ct": ["rsna", "cq500"]}
+
+
+def read_findings(folder: Path) -> list[dict]:
+    return [finding for study in json.loads((folder / "findings.json").read_text()).values() for finding in study]
+
+
+def test_landed_attention_counted_by_hand(proof):
+    """Two series of 2×2×2 patches of 2×2×2 voxels; the finding is one voxel of the first series."""
+    mask = torch.zeros(2, 4, 4, 8, dtype=torch.bool)
+    mask[0, 1, 3, 0] = True
+    landed = proof.Landed()
+    # Patches are numbered by series, depth, row, column; of 2×2×2×4 = 32 the mask lies in (0, 0, 1, 0), number 4.
+    for peak, expected in ((4, (True, True, True)), (9, (True, False, True)), (6, (True, False, False)),
+                           (20, (False, False, False))):  # fmt: skip
+        landed.add(peak, mask, (2, 2, 2))
+        assert landed.hits[-1] == expected
+        # A whole series; one patch; its 2 × 2 × 2 neighbourhood at the edge of the volume.
+        assert landed.chances[-1] == (16 / 32, 1 / 32, 8 / 32)
+    assert landed.metrics()["attention/within_one_patch"] == 0.5
 
 
 def test_batches_hold_studies_of_one_number_of_series():
