@@ -157,7 +157,7 @@ def test_attention_lies_where_map_to_input_puts_it(show, mode, size):
     errors = {}
     for shift in ((0, 0), (0, 2), (0, -2), (2, 0), (-2, 0)):
         errors[shift] = np.abs(np.roll(shown, shift, (0, 1))[coloured] - expected[coloured]).mean()
-    assert errors[0, 0] < 1.5
+    assert errors[0, 0] < 2.5
     assert min(errors, key=errors.__getitem__) == (0, 0)
 
 
