@@ -41,8 +41,8 @@ check_needs() {
 }
 
 count_gpus() {
-    if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
-        awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES"
+    if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then  # set but empty, or -1: none is visible
+        awk -F, '{ print ($1 == "-1" ? 0 : NF) }' <<<"$CUDA_VISIBLE_DEVICES"
     elif command -v nvidia-smi >/dev/null 2>&1; then
         nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
     else
@@ -60,8 +60,8 @@ launch() {
         exec "$PYTHON" "$@"
     elif (( ${NNODES:-1} > 1 )); then
         exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node_rank "${NODE_RANK:?set by slurm/train.sbatch}" \
-            --nproc_per_node "$processes" --rdzv_backend c10d \
-            --rdzv_endpoint "${MASTER_ADDR:?set by slurm/train.sbatch}:${MASTER_PORT:-29500}" -- "$@"
+            --nproc_per_node "$processes" --master_addr "${MASTER_ADDR:?set by slurm/train.sbatch}" \
+            --master_port "${MASTER_PORT:-29500}" -- "$@"
     elif (( processes > 1 )); then
         exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" -- "$@"
     else
