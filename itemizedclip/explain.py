@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from itemizedclip.data.scenes import ScenesDataset, resolve_level
+from itemizedclip.data.scenes import LEVELS, ScenesDataset
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.explain import ExplainEvaluator
 from itemizedclip.evaluation.report import EvaluationReport, file_sha256, metrics_table, progress_bar, write_results
@@ -79,8 +79,8 @@ class SetSettings:
     """Processes that read inputs; 0: none besides this one."""
 
     def __post_init__(self) -> None:
-        if self.scenes is not None:
-            resolve_level(self.scenes)
+        if self.scenes is not None and self.scenes not in LEVELS:
+            raise ValueError(f"--scenes is {self.scenes!r}; expected one of {', '.join(LEVELS)}")
         if self.scenes is not None and self.folder is not None:
             raise ValueError("--scenes and --folder: give one of them")
         if self.folder is not None and self.items_json is None:
@@ -289,9 +289,8 @@ def _report(options: ExplainOptions, name: str, metrics: dict[str, float], facts
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Entry point of `itemizedclip explain`."""
     flags = (tyro.conf.OmitArgPrefixes,)
-    options = tyro.cli(ExplainOptions, args=argv, prog=PROG, description=DESCRIPTION, config=flags)
     with reported_errors(PROG):
-        return run(options)
+        return run(tyro.cli(ExplainOptions, args=argv, prog=PROG, description=DESCRIPTION, config=flags))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Inputs of 3-D studies: what the readers make of files, and the way from a token back to the file's own voxels."""
+"""Inputs of 3-D studies: what the readers make of files, and the way from a token back to the file's own voxels.
+
+Then what is written of an explanation: montages, NIfTI volumes, JSON.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,18 @@ from scan_files import affine_of, brain_phantom, chest_phantom, world_of, write_
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.models.factory import LoadedModel, load_model_config
-from itemizedclip.viewer.inputs import ModelInput
-from itemizedclip.viewer.maps import Geometry, map_to_input
+from itemizedclip.viewer.figures import save_figure
+from itemizedclip.viewer.files import ExplanationFiles, describe, write_explanation
+from itemizedclip.viewer.inputs import Explanation, ModelInput
+from itemizedclip.viewer.maps import Geometry, ItemMaps, map_to_input, mask_to_view
+from itemizedclip.viewer.volumes import (
+    file_names,
+    montage_figure,
+    place_of_token,
+    slabs_by_attention,
+    volume_of_map,
+    write_attention_volumes,
+)
 
 BRAIN_PATCH, CHEST_PATCH = (8, 16, 16), (8, 24, 24)
 
@@ -440,3 +453,197 @@ def test_dicom_remarks(tmp_path):
     scan = read_dicom(one)
     np.testing.assert_array_equal(scan.voxels, hu)
     assert any("40 files at 20 positions" in note for note in scan.notes)
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def planted(opened: ModelInput, patch: tuple[int, int, int], where: list[tuple[int, torch.Tensor]]) -> Explanation:
+    """One item per (series, map (d, h, w)), two heads: 0.8 of its attention on the map, the rest even, none nowhere."""
+    S = len(opened.views)
+    cells = [n // p for n, p in zip(opened.image.shape[2:], patch)]
+    weights = torch.full((len(where), 2, S, *cells), 0.2 / (S * np.prod(cells)))
+    for k, (series, values) in enumerate(where):
+        weights[k, :, series] += 0.8 * values / values.sum()
+    maps = ItemMaps(weights, torch.zeros(len(where), 2), torch.linspace(0.1, 0.9, len(where)))
+    return Explanation(opened, [f"finding {k}" for k in range(len(where))], maps)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "smooth"])
+@pytest.mark.parametrize(
+    ("codes", "tilt", "spacing"), [("RAS", 0.0, (1.0, 1.0, 3.0)), ("PIR", 0.2, (3.0, 0.9, 1.1)), ("LSA", 0, (1, 1, 3))]
+)
+def test_nifti_lies_over_the_scan(tmp_path, codes, tilt, spacing, mode):
+    """Same shape, same affine, and the largest value within a patch of the spot in world coordinates."""
+    for loaded, phantom, patch in ((BRAIN, brain_phantom, BRAIN_PATCH), (CHEST, chest_phantom, CHEST_PATCH)):
+        shape = (36, 100, 88) if codes == "PIR" else (90, 96, 36)
+        affine = affine_of(codes, spacing, shape, tilt)
+        path = write_nifti(tmp_path / phantom.__name__ / "a.nii.gz", phantom(world_of(shape, affine), SPOT), affine)
+        opened = open_input(path, loaded)
+        explanation = planted(opened, patch, [(0, token_map(opened.image[0], patch))])
+        written = write_attention_volumes(explanation, tmp_path / "out", mode=mode, per_head=True)
+        assert [p.name for p in written] == [f"item01_finding_0{head}.nii.gz" for head in ("", "_head1", "_head2")]
+        original, volume = nibabel.load(path), nibabel.load(written[0])
+        assert volume.shape == shape
+        np.testing.assert_array_equal(volume.affine, original.affine)
+        np.testing.assert_allclose(volume.get_qform(), original.affine, atol=1e-3)
+        assert volume.header["sform_code"] == volume.header["qform_code"] == 1
+        values = volume.get_fdata()
+        peak = np.array(peak_of(np.where(values > 0, values, np.nan)))
+        world = (volume.affine @ np.append(peak, 1))[:3]
+        patch_mm = np.array(patch) / opened.views[0].geometry.scale * opened.views[0].spacing_mm
+        along_view = np.abs(np.linalg.inv(opened.views[0].affine)[:3, :3] @ (world - SPOT)) * opened.views[0].spacing_mm
+        assert (along_view <= patch_mm).all()
+        # Slice by slice the same as all at once, and as the view shows it.
+        view, grid_map = opened.views[0], explanation.times_uniform(0)[0]
+        direct = np.nan_to_num(map_to_input(grid_map, view.geometry, mode))
+        np.testing.assert_allclose(volume_of_map(grid_map, view, mode), direct, atol=1e-4)
+        np.testing.assert_allclose(values, view.file_grid.from_view(direct), atol=2e-3 * direct.max())
+        place = place_of_token(explanation, int(explanation.maps.weights[0].argmax()))
+        np.testing.assert_allclose(volume.affine @ [*place.file_voxel, 1], [*place.world_mm, 1], atol=1e-3)
+
+
+def study(tmp_path: Path) -> ModelInput:
+    """Two series of different size and orientation, and one whose name stands twice."""
+    for name, codes, shape, spacing in (
+        ("b-T1", "LAS", (60, 70, 20), (1.0, 1.0, 4.0)),
+        ("c_SAG_T2", "ASL", (64, 60, 18), (1.0, 1.0, 4.5)),
+        ("d-T1", "RPI", (50, 50, 16), (1.5, 1.5, 5.0)),
+    ):
+        affine = affine_of(codes, spacing, shape)
+        write_nifti(tmp_path / "study" / f"{name}.nii.gz", brain_phantom(world_of(shape, affine), SPOT), affine)
+    return open_input(tmp_path / "study", BRAIN)
+
+
+def test_every_series_has_its_own_volume(tmp_path):
+    opened = study(tmp_path)
+    flat = torch.ones(2, 4, 4)
+    explanation = planted(opened, BRAIN_PATCH, [(1, flat), (2, flat)])
+    written = write_attention_volumes(explanation, tmp_path / "out")
+    names = [f"item01_finding_0__{series}.nii.gz" for series in ("AX_T1_1", "c_SAG_T2", "AX_T1_3")]
+    assert [p.name for p in written[:3]] == names
+    assert [nibabel.load(p).shape for p in written[:3]] == [(60, 70, 20), (64, 60, 18), (50, 50, 16)]
+    means = [nibabel.load(p).get_fdata() for p in written]
+    means = [values[values > 0].mean() for values in means]
+    # 0.8 of an item's attention lies evenly on one of three series: 0.2 + 2.4 of an even spread there, 0.2 elsewhere.
+    np.testing.assert_allclose(means, [0.2, 2.6, 0.2, 0.2, 0.2, 2.6], rtol=1e-3)
+
+
+def test_file_names_stay_apart():
+    assert file_names(["T1", "t1", "T2 flair/x"]) == ["T1_1", "t1_2", "T2_flair_x"]
+
+
+def test_slabs_and_json(tmp_path):
+    opened = study(tmp_path)
+    values = torch.zeros(2, 4, 4)
+    values[1, 2, 1] = 1
+    explanation = planted(opened, BRAIN_PATCH, [(1, values)])
+    slabs = slabs_by_attention(explanation, 0)
+    assert len(slabs) == 6
+    assert (slabs[0].view, slabs[0].middle) == (1, 13)  # the second half of 18 slices
+    assert sum(slab.share for slab in slabs) == pytest.approx(1.0)
+    assert slabs[0].share == pytest.approx(0.8 + 0.2 / 6, abs=1e-5)
+    item = describe(explanation)["items"][0]
+    assert item["peak"]["series"] == "c_SAG_T2"
+    d, h, w = item["peak"]["slice_row_column"]
+    view = opened.views[1]
+    centre = view.geometry.to_input((12, 40, 24))
+    assert np.abs(np.array([d, h, w]) - (np.array(centre) - 0.5)).max() <= 0.5
+    np.testing.assert_allclose(view.affine @ [d, h, w, 1], [*item["peak"]["world_mm_ras"], 1])
+    in_file = view.file_grid.affine @ [*item["peak"]["file_voxel"], 1]
+    np.testing.assert_allclose(in_file, view.affine @ [d, h, w, 1], atol=1e-4)
+    assert [share["series"] for share in item["share_of_series"]] == ["AX_T1", "c_SAG_T2", "AX_T1"]
+    assert sum(share["share"] for share in item["share_of_series"]) == pytest.approx(1)
+
+
+def texts_of(figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+
+
+def test_montage(tmp_path):
+    opened = study(tmp_path)
+    values = torch.zeros(2, 4, 4)
+    values[1, 2, 1] = 1
+    explanation = planted(opened, BRAIN_PATCH, [(1, values), (0, values)])
+    figure = montage_figure(explanation, num_slices=3)
+    texts = texts_of(figure)
+    assert "1. finding 0  (TCSim 0.100)" in texts
+    assert "c_SAG_T2 87 % · AX_T1 7 % · AX_T1 7 % · nowhere 0 % · peak 77.0×" in texts
+    # Slice 13 of the view, counted from 0 to the right, is slice 5 of the file, counted from 1 to the left.
+    assert "slice 5 of 18 · 83 % of attention" in texts
+    # At the left and the top of each: A and S on sagittal slices, L and A on axial ones (columns run to the right).
+    sagittal, axial = texts.count("c_SAG_T2"), texts.count("AX_T1")
+    assert (texts.count("S"), texts.count("L"), texts.count("A")) == (sagittal, axial, sagittal + axial)
+    images = [axes for axes in figure.axes if axes.images]
+    assert len(images) == 2 * (1 + 3) + 1  # and the colour bar
+    plain = images[0].images[0].get_array()
+    np.testing.assert_array_equal(plain[..., 0], opened.views[1].values[13])
+    box = images[0].get_position()
+    shown = box.width * figure.get_figwidth() / (box.height * figure.get_figheight())
+    spacing, (_, H, W) = opened.views[1].spacing_mm, opened.views[1].values.shape
+    assert shown == pytest.approx(W * spacing[2] / (H * spacing[1]), rel=1e-3)
+    first = save_figure(figure, tmp_path / "a.png").read_bytes()
+    assert first == save_figure(montage_figure(explanation, num_slices=3), tmp_path / "b.png").read_bytes()
+    with pytest.raises(ValueError, match="at least one item"):
+        montage_figure(explanation, [])
+
+
+def test_folder_of_an_explanation(tmp_path):
+    opened = study(tmp_path)
+    flat = torch.ones(2, 4, 4)
+    explanation = planted(opened, BRAIN_PATCH, [(0, flat)] * 9)
+    written = write_explanation(explanation, tmp_path / "out", ExplanationFiles(slices=1), {"checkpoint": "c.pt"})
+    names = [str(p.relative_to(tmp_path / "out")) for p in written]
+    assert names[:2] == ["montage_1.png", "montage_2.png"]
+    assert names[-1] == "explanation.json"
+    assert names[-4:-1] == [f"volumes/image__{n}.nii.gz" for n in ("AX_T1_1", "c_SAG_T2", "AX_T1_3")]
+    assert len(names) == 2 + 9 * 3 + 3 + 1
+    image = nibabel.load(written[-2])
+    np.testing.assert_array_equal(opened.views[2].file_grid.to_view(np.asarray(image.dataobj)), opened.views[2].values)
+
+
+def test_chest_tensor_is_written_in_its_formats_grid(tmp_path):
+    affine = affine_of("SPL", (3.0, 1.0, 1.0), (35, 101, 99))
+    torch.save(torch.from_numpy(chest_phantom(world_of((35, 101, 99), affine), SPOT)), tmp_path / "a.pt")
+    opened = open_input(tmp_path / "a.pt", CHEST)
+    explanation = planted(opened, CHEST_PATCH, [(0, torch.ones(4, 4, 4))])
+    volume = nibabel.load(write_attention_volumes(explanation, tmp_path / "out")[0])
+    assert volume.shape == (99, 101, 35)
+    np.testing.assert_array_equal(volume.affine, np.diag([-1, -1, 3, 1]))
+    assert nibabel.aff2axcodes(volume.affine) == ("L", "P", "S")
+
+
+# --- masks into the model's view -------------------------------------------------------------------------------------
+
+
+def test_masks_meet_the_models_view():
+    """Enlarged without holes, shrunk without loss, cut by the crop, nothing in the padding."""
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[1, 2] = True
+    enlarged = mask_to_view(mask, Geometry.of_input((4, 4)).resize((12, 12)))
+    assert enlarged.nonzero().min(0)[0].tolist() == [3, 6]
+    assert enlarged.sum() == 9
+    fine = torch.zeros(2, 30, 30, dtype=torch.bool)
+    fine[0, 7, 22] = True
+    shrunk = mask_to_view(fine, Geometry.of_input((30, 30)).resize((3, 3)))
+    assert shrunk.nonzero().tolist() == [[0, 0, 2]]
+    moved = mask_to_view(mask, Geometry.of_input((4, 4)).crop((-2, 1), (8, 3)))
+    assert moved.nonzero().tolist() == [[3, 1]]
+    cut = mask_to_view(mask, Geometry.of_input((4, 4)).crop((2, 0), (2, 4)))
+    assert not cut.any()
+    with pytest.raises(ValueError, match="expected bool"):
+        mask_to_view(mask[:3], Geometry.of_input((4, 4)))
+
+
+@pytest.mark.parametrize("shape", [(24, 61, 90), (40, 120, 97)])
+def test_masks_and_maps_are_each_others_way_back(shape):
+    """A box of the input, carried to the view and back by a map: the same box to a voxel at its edges."""
+    geometry = Geometry.of_input(shape).resize((32, 96, 96)).crop((-2, 5, 5), (32, 90, 80))
+    mask = np.zeros(shape, dtype=bool)
+    mask[6:14, 20:45, 30:60] = True
+    back = map_to_input(mask_to_view(mask, geometry).float(), geometry)
+    inside = np.nan_to_num(back) > 0
+    grown = np.zeros(shape, dtype=bool)
+    grown[5:15, 19:46, 29:61] = True
+    assert (inside >= mask).all()
+    assert (inside <= grown).all()

@@ -157,9 +157,8 @@ def run(options: InferenceOptions) -> Explanation:
 def main(argv: Sequence[str] | None = None) -> Explanation:
     """Command line."""
     flags = (tyro.conf.OmitArgPrefixes,)
-    options = tyro.cli(InferenceOptions, args=argv, prog=PROG, description=DESCRIPTION, config=flags)
     with reported_errors(PROG), logging_to_console(0):
-        return run(options)
+        return run(tyro.cli(InferenceOptions, args=argv, prog=PROG, description=DESCRIPTION, config=flags))
 
 
 if __name__ == "__main__":
