@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from itemizedclip.evaluation.report import file_sha256
 from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.training.distributed import choose_device
 from itemizedclip.training.engine import reported_errors
@@ -116,14 +116,9 @@ def read_items_file(path: Path) -> list[str]:
 
 def provenance_of(loaded: LoadedModel, checkpoint: Path) -> Provenance:
     """What the page says of the model."""
-    digest = hashlib.sha256()
-    with checkpoint.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
     facts = [("training steps", str(loaded.meta["step"]))] if "step" in loaded.meta else []
-    return Provenance(
-        str(loaded.config.get("name", "unnamed")), checkpoint.name, digest.hexdigest(), facts, list(loaded.notes)
-    )
+    name = str(loaded.config.get("name", "unnamed"))
+    return Provenance(name, checkpoint.name, file_sha256(checkpoint), facts, list(loaded.notes))
 
 
 def write_page(page: str, path: Path) -> Path:
@@ -204,7 +199,8 @@ def score_table(explanation: Explanation) -> Table:
         table.add_column("most in", overflow="fold")
     shares = explanation.share_of_views()
     for k, text in enumerate(explanation.items):
-        row = [str(k + 1), Text(text), f"{maps.scores[k]:.3f}", f"{maps.nowhere[k]:.0%}", f"{maps.peaks[k]:.1f}×"]
+        numbers = [f"{maps.scores[k]:.3f}", f"{maps.nowhere[k]:.0%}", f"{maps.peaks[k]:.1f}×"]
+        row = [Text(str(k + 1)), Text(text), *map(Text, numbers)]
         if len(views) > 1:
             most = int(shares[k].argmax())
             row.append(Text(f"{views[most].name} {shares[k][most]:.0%}"))

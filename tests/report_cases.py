@@ -11,7 +11,7 @@ from itemizedclip.viewer.maps import Geometry, ItemMaps
 
 PROVENANCE = Provenance("a-model", "epoch_3.pt", "ab" * 32, [("epoch", "3")], ["a note of the model"])
 AXIAL = np.array([[0.0, 0, -0.8, 0], [0, -0.8, 0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]])
-"""Voxel (d, h, w) → world: slices upwards, rows to the back, columns to the patient's left … of their right."""
+"""Voxel (d, h, w) → world, mm, RAS+: slices lead upwards, rows to the back, columns to the patient's left."""
 
 
 def planted_maps(grid, spots, *, num_heads=2, nowhere=0.2):
@@ -58,7 +58,7 @@ def study(size=(16, 64, 64), grid=(2, 4, 4), spots=((1, 0, 2, 1), (2, 1, 1, 3)),
 
 
 def scan(size=(12, 50, 60), view=(16, 48, 48), grid=(4, 4, 4), spots=((0, 1, 3, 0),), affine=None):
-    """One CT scan in HU, in tiles of 5 × 5 negative and large values, padded along the body and cropped in plane by the model."""
+    """A CT scan in HU, tiles of 5 × 5 voxels, which the model padded along the body and cropped in plane."""
     generator = np.random.default_rng(0)
     coarse = generator.integers(-1024, 3072, (size[0], size[1] // 5, size[2] // 5), dtype=np.int16)
     values = coarse.repeat(5, axis=1).repeat(5, axis=2)

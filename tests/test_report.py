@@ -473,6 +473,31 @@ def test_the_command_writes_a_page(checkpoint, loaded, picture, tmp_path, capsys
     assert [path.name for path in output.parent.iterdir()] == ["page.html"]
 
 
+def test_a_study_from_its_folder(tmp_path, capsys):
+    """A whole study of several series: what the page holds is what lies in the files."""
+    from open_mri.cohort import write_studies
+
+    from itemizedclip.models.factory import create_model
+
+    model = create_model("HLIPSN_debug")
+    weights, root, output = tmp_path / "epoch_1.pt", tmp_path / "cohort", tmp_path / "study.html"
+    torch.save({"state_dict": model.state_dict(), "model_config": model.config}, weights)
+    folder = write_studies(root, kind="mri", num_train=0, num_valid=1, seed=1)
+    study = root / "valid" / next(iter(folder.studies))
+    cli(["report", str(study), "--checkpoint", str(weights), "--items", "acute stroke;glioma", "--output", str(output)])
+    assert "most in" in capsys.readouterr().out
+    page = Page(output.read_text(encoding="utf-8"))
+    series = sorted(path.parent.name for path in study.glob("*/img.pt"))
+    assert len(series) > 2
+    assert sorted(view["name"] for view in page.report["views"]) == series
+    for number, view in enumerate(page.report["views"]):
+        saved = torch.load(study / view["name"] / "img.pt", weights_only=True).numpy()
+        np.testing.assert_array_equal(values_of(page, number), saved)
+    weights_sum = unpack(page.report["maps"], page.scripts["maps"]).mean((2, 3, 4, 5))
+    nowhere = [item["headNowhere"] for item in page.report["items"]]
+    np.testing.assert_allclose(weights_sum + nowhere, 1, atol=1e-3)
+
+
 def test_items_files(tmp_path):
     lines, listed = tmp_path / "items.txt", tmp_path / "items.json"
     lines.write_text("one thing; with a semicolon\n\n  another \n", encoding="utf-8")

@@ -240,7 +240,8 @@ def test_heads_scales_opacity_and_threshold_change_the_picture(show):
 
 
 def test_choosing_an_item_goes_to_the_series_and_slice_of_its_peak(show):
-    page = show(study(spots=((1, 0, 2, 1), (2, 1, 1, 3))))
+    explanation = study(spots=((1, 0, 2, 1), (2, 1, 1, 3)))
+    page = show(explanation)
 
     def current():
         return page.find("#tabs [aria-selected=true] .name").text, slice_of(page)
@@ -252,6 +253,8 @@ def test_choosing_an_item_goes_to_the_series_and_slice_of_its_peak(show):
     page.settle()
     assert current() == ("SERIES_2", (13, 16))
     assert page.text(".pane .title") == "finding 1"
+    assert page.text("#readout").startswith("Middle of the peak's patch: slice 13, row 25, column 57 · grey ")
+    assert page.text("#readout").endswith(f" · attention {float(explanation.maps.peaks[1]):.2f}×")
     # From the keyboard the same.
     press(page, Keys.ARROW_UP, selector=".item input:checked")
     page.wait("document.querySelector('#tab-1').getAttribute('aria-selected') === 'true'")
@@ -445,10 +448,11 @@ def test_nothing_overflows_in_either_scheme(show, size, scheme, tmp_path):
             assert wide == []
             page.find_all(".compare")[1].click()
             page.settle()
+        page.run("scrollTo(0, 0)")
         picture = np.asarray(Image.open(page.shoot(tmp_path / "page.png")).convert("L"))
         # The header's ground, and ink on it.
         assert (picture[2, 2] > 200) == (scheme == "light")
-        assert np.ptp(picture[4:40].astype(int)) > 100
+        assert np.ptp(picture[4:40].astype(int)) > 150
 
 
 def test_theme_button(show):

@@ -29,7 +29,7 @@ const sliceOf = (plane) => Math.min(plane.count - 1, Math.floor(state.place[plan
 const windowKey = (view) => (view.unit === "hu" ? "hu" : view.number);
 const isVolume = (view) => view.unit !== "rgb";
 const decimal = (value, digits) => value.toFixed(digits).replace("-", "−");
-const percent = (share) => `${Math.round(100 * share)} %`;
+const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
 const times = (value) => `${value < 10 ? Number(value.toFixed(1)) : Math.round(value)}×`;
 
 function presetsOf(view) {
@@ -119,8 +119,9 @@ function arrangeItems() {
 
 function drawItem(item) {
   const { shares, nowhere, peak, peakView } = item.attention(state.head);
-  item.numbers.textContent = `peak ${times(peak)} · nowhere ${percent(nowhere)}`;
-  if (S > 1) item.numbers.prepend(element("b", {}, views[peakView].name), element("br"));
+  item.numbers.replaceChildren(`peak ${times(peak)}`);
+  if (S > 1) item.numbers.append(" in ", element("b", {}, views[peakView].name));
+  item.numbers.append(` · nowhere ${percent(nowhere)}`);
   item.strip.hidden = S < 2;
   item.strip.replaceChildren(
     ...shares.map((share, s) => {
@@ -156,6 +157,10 @@ async function goToPeak(item) {
   const view = views[peakView], plane = new Plane(view, 0, TOKENS);
   state.place = peakCell.map((cell, axis) => (plane.voxelOf(axis, cell) + 0.5) / view.size[axis]);
   await showView(peakView);
+  if (view.isReady && state.view === peakView) {
+    const voxel = state.place.map((place, axis) => Math.floor(place * view.size[axis]));
+    $("readout").textContent = `Middle of the peak's patch: ${describe(currentPlane(), voxel)}`;
+  }
 }
 
 // --- series, planes, slices ---------------------------------------------------------------------------------------
@@ -173,13 +178,8 @@ async function showView(number) {
   buildPanes();
   buildTools();
   centreTab();
-  $("readout").textContent = hint();
+  $("readout").textContent = "Point at the image to read values.";
   redraw();
-}
-
-function hint() {
-  if (!isVolume(currentView())) return "Point at the image to read values.";
-  return "Point at the image to read values; drag for the window, wheel or arrow keys for slices.";
 }
 
 function buildTabs() {
@@ -387,11 +387,14 @@ function dragWindow(start, canvas) {
 
 /** Place, value and attention under the pointer. */
 function readOut(event, canvas) {
-  const view = currentView(), box = canvas.getBoundingClientRect(), plane = currentPlane();
-  if (!view.isReady) return;
+  const box = canvas.getBoundingClientRect(), plane = currentPlane();
+  if (!plane.view.isReady) return;
   const voxel = plane.voxelAt((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height, sliceOf(plane));
-  if (!voxel) return;
-  const [d, h, w] = voxel, value = view.valueAt(voxel);
+  if (voxel) $("readout").textContent = describe(plane, voxel);
+}
+
+function describe(plane, voxel) {
+  const { view } = plane, [d, h, w] = voxel, value = view.valueAt(voxel);
   const parts = isVolume(view)
     ? [`slice ${d + 1}, row ${h + 1}, column ${w + 1}`, view.unit === "hu" ? `${decimal(value, 0)} HU` : `grey ${value}`]
     : [`row ${h + 1}, column ${w + 1}`, `RGB ${value.join(" ")}`];
@@ -401,7 +404,7 @@ function readOut(event, canvas) {
     const who = state.chosen[1] ? `attention ${"AB"[k]}` : "attention";
     parts.push(attention === null ? "not seen by the model" : `${who} ${attention.toFixed(2)}×`);
   });
-  $("readout").textContent = parts.join(" · ");
+  return parts.join(" · ");
 }
 
 function drawPane(pane, plane, slice) {
@@ -429,10 +432,11 @@ function drawPane(pane, plane, slice) {
   pane.letters.forEach((letter, side) => (letter.textContent = plane.letters?.[side] ?? ""));
   const where = plane.count > 1 ? `, ${plane.name} ${slice + 1} of ${plane.count}` : "";
   canvas.setAttribute("aria-label", `${plane.view.name}${where}${item ? `; attention of: ${item.text}` : ""}`);
-  pane.peak.hidden = !item;
+  pane.peak.hidden = !item || (plane.count < 2 && S < 2);
   pane.title.replaceChildren();
   if (state.chosen[1]) pane.title.append(element("b", { className: `badge ${"ab"[pane.k]}` }, "AB"[pane.k]), " ");
   pane.title.append(item ? item.text : "No item yet");
+  pane.title.title = item ? item.text : ""; // long texts are cut on the screen
 }
 
 function draw() {
