@@ -111,7 +111,7 @@ def test_nifti_in_any_words(model, checkpoint, scan, tmp_path):
         assert values[voxel] == pytest.approx(values.max(), rel=1e-3)
         np.testing.assert_allclose(original.affine @ [*voxel, 1], [*item["peak"]["world_mm_ras"], 1], atol=1e-4)
         heads = [nibabel.load(out / "volumes" / name.replace(".nii", f"_head{h}.nii")).get_fdata() for h in range(1, 9)]
-        np.testing.assert_allclose(np.mean(heads, 0), values, atol=1e-3 * values.max())
+        np.testing.assert_allclose(np.mean(heads, 0), values, atol=4e-3 * np.max(heads))
     with Image.open(out / "montage.png") as picture:
         assert picture.width > 1000
 

@@ -498,7 +498,7 @@ def test_nifti_lies_over_the_scan(tmp_path, codes, tilt, spacing, mode):
         view, grid_map = opened.views[0], explanation.times_uniform(0)[0]
         direct = np.nan_to_num(map_to_input(grid_map, view.geometry, mode))
         np.testing.assert_allclose(volume_of_map(grid_map, view, mode), direct, atol=1e-4)
-        np.testing.assert_allclose(values, view.file_grid.from_view(direct), atol=2e-3 * direct.max())
+        np.testing.assert_allclose(values, view.file_grid.from_view(direct), atol=0.003 * direct.max())  # 255 steps
         place = place_of_token(explanation, int(explanation.maps.weights[0].argmax()))
         np.testing.assert_allclose(volume.affine @ [*place.file_voxel, 1], [*place.world_mm, 1], atol=1e-3)
 
@@ -526,7 +526,7 @@ def test_every_series_has_its_own_volume(tmp_path):
     means = [nibabel.load(p).get_fdata() for p in written]
     means = [values[values > 0].mean() for values in means]
     # 0.8 of an item's attention lies evenly on one of three series: 0.2 + 2.4 of an even spread there, 0.2 elsewhere.
-    np.testing.assert_allclose(means, [0.2, 2.6, 0.2, 0.2, 0.2, 2.6], rtol=1e-3)
+    np.testing.assert_allclose(means, [0.2, 2.6, 0.2, 0.2, 0.2, 2.6], rtol=4e-3)
 
 
 def test_file_names_stay_apart():

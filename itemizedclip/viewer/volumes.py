@@ -170,7 +170,7 @@ def _shares_note(explanation: Explanation, item: int) -> str:
     order = sorted(range(len(views)), key=lambda s: -shares[s])
     named = [s for s in order[:_MOST_SERIES_NAMED] if shares[s] >= _LEAST_SHARE_NAMED] or order[:1]
     rest = order[len(named) :]
-    parts = [f"{views[s].name} {100 * shares[s]:.0f} %" for s in named] if len(views) > 1 else []
+    parts = [f"{views[s].name} {100 * shares[s]:.0f} %" for s in named] if len(views) > 1 else [views[0].name]
     if rest:
         parts.append(f"{len(rest)} more {100 * sum(shares[s] for s in rest):.0f} %")
     parts.append(nowhere_note(float(explanation.maps.nowhere[item])))
@@ -180,17 +180,18 @@ def _shares_note(explanation: Explanation, item: int) -> str:
 
 def _slice_panel(explanation: Explanation, item: int, slab: Slab, mode: Upsampling | None) -> Panel:
     """One slice, with the overlay or (mode None) plain."""
-    view = explanation.source.views[slab.view]
-    values = None
-    note = f"slice {_slice_number(view, slab.middle)} of {view.values.shape[0]}"
+    views = explanation.source.views
+    view, values = views[slab.view], None
+    lines = [view.name] if len(views) > 1 else []  # of one series the name stands above
+    lines.append(f"slice {_slice_number(view, slab.middle)} of {view.values.shape[0]}")
     if mode is not None:
         grid_map = explanation.times_uniform(slab.view)[item]
         values = slice_of_map(grid_map, view, slab.middle, mode)
-        note = f"{note} · {100 * slab.share:.0f} % of attention"
+        lines.append(f"{100 * slab.share:.0f} % of attention")
     _, h, w = view.spacing_mm or (1.0, 1.0, 1.0)
     rows, columns = view.values.shape[1:]
     pixels = np.repeat(grey_of(view, view.values[slab.middle])[..., None], 3, axis=-1)
-    return Panel(view.name, note, values, None, pixels, (rows * h, columns * w), _marks(view))
+    return Panel(lines[0], " · ".join(lines[1:]), values, None, pixels, (rows * h, columns * w), _marks(view))
 
 
 def _slice_number(view: InputView, d: int) -> int:
@@ -253,7 +254,7 @@ def grid_of(view: InputView) -> FileGrid:
 def write_volume(values: np.ndarray, view: InputView, path: Path) -> Path:
     """Write (D, H, W) as NIfTI in the grid of the view's file: it opens aligned with it.
 
-    Floats are stored as 16-bit steps of their range.
+    Floats are stored in 255 steps of their range; the JSON beside them has peaks and shares exactly.
 
     Raises:
         ValueError: nibabel, which is an optional package, is not installed.
@@ -268,7 +269,8 @@ def write_volume(values: np.ndarray, view: InputView, path: Path) -> Path:
     image.set_qform(grid.affine, code=1, strip_shears=True)
     image.header.set_xyzt_units("mm")
     if values.dtype.kind == "f":
-        image.set_data_dtype(np.int16)
+        # 16 bits would be ten times the size on disk, all of it the last digits of interpolated values.
+        image.set_data_dtype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     nibabel.save(image, path)
     return path
