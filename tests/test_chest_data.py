@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from open_ct_rate import warm_cache
 from open_ct_rate.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, is_scan_name, parse_volume_name
 from open_ct_rate.data_chest_ct import (
     ChestCTDataset,
@@ -17,7 +18,6 @@ from open_ct_rate.data_chest_ct import (
     find_ct_rate_root,
     load_chest_volume,
     parse_input_info,
-    warm_cache,
 )
 from open_ct_rate.volume_cache import VolumeCache, body_box
 from open_mri.volumes import HounsfieldWindow
@@ -369,18 +369,38 @@ def test_bad_entry_names_scan_and_field(tmp_path, scan, entry, words):
     assert words in str(error.value)
 
 
-def test_warm_cache_builds_every_reconstruction(tmp_path):
-    write_tree(tmp_path)
-    (tmp_path / parse_volume_name("train_20_b_1").path).unlink()
+def test_warm_cache_builds_every_volume_once(tmp_path, capsys):
+    write_tree(tmp_path / "data")
+    save(tmp_path / "data" / parse_volume_name("train_20_b_1").path, chest_hu((13, 40, 40)) - 1024)
     cache = VolumeCache(tmp_path / "cache", window=HounsfieldWindow())
-    dataset = open_scans(tmp_path, cache=cache)
-    assert warm_cache(dataset, range(3)) == 1
-    assert len(list(cache.folder.rglob("*.safetensors"))) == 4
-    plain = open_scans(tmp_path)
+    command = ["--data-root", str(tmp_path / "data"), "--cache-dir", str(tmp_path / "cache"), "--workers", "0"]
+    assert warm_cache.main(command) == 1
+    assert "train_20_b_1.pt: values are HU minus 1024" in capsys.readouterr().err
+    built = {path: path.stat().st_mtime_ns for path in cache.folder.rglob("*.safetensors")}
+    # Not train_1267_a_4, which is left out everywhere, nor the one that was rescaled twice.
+    assert sorted(path.stem for path in built) == ["train_1267_a_1", "train_1_a_1", "train_1_a_2", "train_1_a_3"]
+    assert warm_cache.main([*command, "--double-rescale", "undo"]) == 0
+    after = {path: path.stat().st_mtime_ns for path in cache.folder.rglob("*.safetensors")}
+    assert len(after) == 5
+    assert built.items() < after.items()
+    cached, plain = open_scans(tmp_path / "data", cache=cache), open_scans(tmp_path / "data")
     for epoch in range(3):
-        assert float((dataset[(epoch, 0)].image - plain[(epoch, 0)].image).abs().max()) < 0.5 / 255 / 0.226 + 1e-3
-    with pytest.raises(ValueError, match="no cache"):
-        warm_cache(plain, [0])
+        assert float((cached[(epoch, 0)].image - plain[(epoch, 0)].image).abs().max()) < 0.5 / 255 / 0.226 + 1e-3
+
+
+def test_warm_cache_says_what_is_wrong(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (["--data-root", str(tmp_path / "nowhere"), "--cache-dir", "c"], "no such folder"),
+        (["--data-root", str(tmp_path / "empty"), "--cache-dir", "c"], "no .pt volume"),
+        (["--data-root", str(tmp_path)], "--cache-dir"),
+        (["--data-root", str(tmp_path), "--cache-dir", "c", "--input-info", "9", "-9", "crop"], "lower limit first"),
+    ]
+    for command, expected in cases:
+        with pytest.raises(SystemExit) as stop:
+            warm_cache.main(command)
+        assert stop.value.code != 0
+        assert expected in " ".join(capsys.readouterr().err.split()), command
 
 
 def test_root_from_flag_and_environment(tmp_path, monkeypatch):

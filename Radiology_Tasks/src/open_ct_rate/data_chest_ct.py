@@ -13,14 +13,14 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from open_mri.reports import StudyIndex, report_items
-from open_mri.studies import SkippedSeries
+from open_mri.studies import LoadedStudy, SkippedSeries, Study
 from open_mri.volumes import (
     CHEST_SIZE,
     GREY_MEAN,
@@ -41,7 +41,7 @@ from torch.utils.data import Dataset
 from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.items import is_normal_study, normalise_item, sample_items, sample_rng
 from open_ct_rate.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, is_scan_name, parse_volume_name
-from open_ct_rate.volume_cache import VolumeCache
+from open_ct_rate.volume_cache import CacheType, VolumeCache
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,41 @@ def parse_input_info(words: Sequence[str]) -> tuple[HounsfieldWindow, FitMode]:
     if fit not in ("crop", "resize"):
         raise ValueError(f"--input-info {' '.join(words)}: {fit!r}; {expected}")
     return window, "crop" if fit == "crop" else "resize"
+
+
+PUBLISHED_INPUT_INFO = ("-1150", "350", "crop")
+"""--input-info of the published recipe and evaluations."""
+
+
+@dataclass(frozen=True)
+class ChestSettings:
+    """Flags that say how chest CT volumes are read, in training, evaluation and cache building alike."""
+
+    input_info: tuple[str, str, str] | None = None
+    """Lower HU, upper HU, crop or resize; None: as the checkpoint was trained, else -1150 350 crop (published)."""
+
+    double_rescale: DoubleRescale = "refuse"
+    """Volumes whose HU were shifted down by a second rescale (CT-RATE v2): refuse them, or undo the shift."""
+
+    cache_dir: Path | None = None
+    """Folder of windowed volumes, a quarter of the bytes to read; each is built at its first use. None: no cache."""
+
+    cache_type: CacheType = "uint8"
+    """uint8 keeps 1/255 of the window (5.9 HU of the published one), float16 is twice as large and keeps 0.7 HU."""
+
+    def __post_init__(self) -> None:
+        if self.input_info is not None:
+            parse_input_info(self.input_info)
+
+    def chest_input(self, size: Size, transform: Mapping[str, Any] | None = None) -> ChestInput:
+        """How volumes become an input of `size`; without --input-info as a checkpoint's `transform` says."""
+        words = self.input_info or (transform or {}).get("input_info") or PUBLISHED_INPUT_INFO
+        window, fit = parse_input_info(words)
+        return ChestInput(window=window, fit=fit, size=size, double_rescale=self.double_rescale)
+
+    def cache(self, window: HounsfieldWindow) -> VolumeCache | None:
+        """The cache, if there is one."""
+        return None if self.cache_dir is None else VolumeCache(self.cache_dir, window=window, dtype=self.cache_type)
 
 
 @dataclass
@@ -187,6 +222,49 @@ def _shows_hu(part_hu: Tensor, path: Path) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class ChestReader:
+    """Chest CT volumes of a benchmark (see `open_mri.benchmark.StudyReader`).
+
+    Attributes:
+        root: folder of the volumes; places in the cache are relative to it.
+        options: window, fit, double rescale; the size is the model's.
+        cache: read windowed volumes from here, building them at first use.
+    """
+
+    root: Path
+    options: ChestInput = field(default_factory=ChestInput)
+    cache: VolumeCache | None = None
+
+    def read(self, study: Study, size: Size) -> LoadedStudy:
+        """The one volume of a study."""
+        (file,) = study.series
+        volume = load_chest_volume(
+            file.path,
+            replace(self.options, size=size),
+            cache=self.cache,
+            cache_name=file.path.relative_to(self.root),
+        )
+        return LoadedStudy(
+            image=volume.image,
+            names=[file.name],
+            series_names=None,
+            sources=[file.path],
+            voxel_maps=[volume.voxel_map],
+            grey_ranges=[],
+            skipped=[],
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What scores depend on, besides the size, which is part of the model's config."""
+        return {
+            "hu_window": [self.options.window.hu_min, self.options.window.hu_max],
+            "fit": self.options.fit,
+            "double_rescale": self.options.double_rescale,
+            "cache": None if self.cache is None else self.cache.dtype,
+        }
+
+
 def find_ct_rate_root(data_root: str | Path | None = None) -> Path:
     """CT-RATE's folder of `.pt` volumes, by default DATA_ROOT in the environment.
 
@@ -203,6 +281,22 @@ def find_ct_rate_root(data_root: str | Path | None = None) -> Path:
     if not any((root / split).is_dir() for split in ("train", "valid")):
         raise FileNotFoundError(f"{root}: holds neither train/ nor valid/; give CT-RATE's folder of .pt volumes")
     return root
+
+
+def find_items_json(items_json: str | Path | None = None) -> Path:
+    """The item file of the training scans, by default ITEMS_JSON in the environment.
+
+    Raises:
+        ValueError: none given.
+        FileNotFoundError: no such file.
+    """
+    given = items_json or os.environ.get("ITEMS_JSON")
+    if not given:
+        raise ValueError("no item file given: set --items-json or ITEMS_JSON to CT-RATE's itemized.json")
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the items of each scan (--items-json, ITEMS_JSON)")
+    return path
 
 
 class ChestCTDataset(Dataset[ItemSample]):
@@ -304,6 +398,19 @@ class ChestCTDataset(Dataset[ItemSample]):
         """All items of a scan, in the report's order."""
         return self.index[index]["report"]
 
+    def without_folder(self) -> list[str]:
+        """Scans whose patient has no folder, in order: one listing per split, however many scans there are."""
+        on_disk: dict[str, set[str]] = {}
+        absent = []
+        for row in range(len(self)):
+            volume = parse_volume_name(self.index[row]["recons"][0])
+            if volume.split not in on_disk:
+                folder = self.data_root / volume.split
+                on_disk[volume.split] = set(os.listdir(folder)) if folder.is_dir() else set()
+            if f"{volume.split}_{volume.patient}" not in on_disk[volume.split]:
+                absent.append(volume.scan)
+        return absent
+
     @cached_property
     def fingerprint(self) -> dict[str, str | int]:
         """What a checkpoint remembers of this split. JSON-able."""
@@ -341,32 +448,3 @@ def _check_scan(scan: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"field 'report': {error}") from None
     return {"recons": stems, "report": [normalise_item(item) for item in items]}
-
-
-def warm_cache(dataset: ChestCTDataset, indices: Sequence[int]) -> int:
-    """Build the cache files of all reconstructions of these scans, for instance before a run on a fast machine.
-
-    Returns:
-        Reconstructions that could not be used (logged and counted in `dataset.skipped_recons`).
-
-    Raises:
-        ValueError: the dataset has no cache.
-    """
-    if dataset.cache is None:
-        raise ValueError("the dataset has no cache to build; give one")
-    failed = 0
-    for index in indices:
-        entry = dataset.index[index]
-        for position, recon in enumerate(entry["recons"]):
-            name = parse_volume_name(recon).path
-            source = dataset.data_root / name
-            try:
-                if not source.is_file():
-                    raise BadSampleError(f"{source}: no such file; expected a chest CT volume in HU")
-                dataset.cache.open(name, source, partial(read_hu, source, dataset.options))
-            except BadSampleError as error:
-                failed += 1
-                dataset.skipped_recons.add(index, position, f"scan {entry['study']}: {error}")
-    return failed
-
-

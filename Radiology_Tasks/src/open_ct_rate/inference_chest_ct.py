@@ -34,7 +34,7 @@ from itemizedclip.training.tracking import logging_to_console
 from itemizedclip.viewer.explainer import Explainer
 from itemizedclip.viewer.files import ExplanationFiles, write_explanation
 from itemizedclip.viewer.inputs import Explanation
-from open_ct_rate.data_chest_ct import ChestInput, DoubleRescale, parse_input_info
+from open_ct_rate.data_chest_ct import ChestSettings, DoubleRescale, parse_input_info
 from open_ct_rate.labels import CHEST_CLASSES, chest_prompt
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ class InferenceOptions:
     model: str = "CTRATE_HLIP_BiomedBERT_itemizedclip"
     """Config of a released checkpoint; checkpoints of runs carry their own."""
 
-    input_info: tuple[str, str, str] = ("-1150", "350", "crop")
-    """HU shown as black, HU shown as white, and crop or resize."""
+    input_info: tuple[str, str, str] | None = None
+    """Lower HU, upper HU, crop or resize; None: as the checkpoint was trained, else -1150 350 crop (published)."""
 
     double_rescale: DoubleRescale = "refuse"
     """A scan whose HU were shifted down by a second rescale: refuse it, or undo the shift."""
@@ -83,7 +83,8 @@ class InferenceOptions:
             raise ValueError("--findings and --findings-file: give one of them")
         if self.findings is not None and not split_texts(self.findings):
             raise ValueError('--findings holds no text; expected such as "pleural effusion;lung nodule"')
-        parse_input_info(self.input_info)
+        if self.input_info is not None:
+            parse_input_info(self.input_info)
 
     @property
     def names(self) -> list[str]:
@@ -128,9 +129,10 @@ def run(options: InferenceOptions) -> Explanation:
         BadSampleError, CheckpointError, FileNotFoundError, SetupError, ValueError: each one sentence with its remedy.
     """
     names = options.names
-    window, fit = parse_input_info(options.input_info)
     loaded = load_chest_model(options)
-    source = open_input(options.scan, loaded, ChestInput(window, fit, double_rescale=options.double_rescale))
+    settings = ChestSettings(options.input_info, options.double_rescale)
+    chest = settings.chest_input(loaded.config["vision_cfg"]["volume_size"], loaded.meta.get("transform"))
+    source = open_input(options.scan, loaded, chest)
     for note in source.notes:
         logger.info(note)
     prompts = [prompt_of(name) for name in names]
@@ -143,8 +145,8 @@ def run(options: InferenceOptions) -> Explanation:
         "model": loaded.config.get("name", ""),
         "prompts": dict(zip(names, prompts)),
         "normalise_tokens": True,
-        "window_hu": [window.hu_min, window.hu_max],
-        "fit": fit,
+        "window_hu": [chest.window.hu_min, chest.window.hu_max],
+        "fit": chest.fit,
         "score": "TCSim, a cosine between -1 and 1; no probability: compare a finding's score with that of other scans",
     }
     written = write_explanation(shown, folder, options.files, facts, with_images=not is_nifti_name(options.scan.name))

@@ -18,6 +18,7 @@ from open_mri.label_table import LabelTable, read_label_csv
 from open_mri.studies import SeriesFile, Study
 
 from open_ct_rate.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, parse_volume_name
+from open_ct_rate.data_chest_ct import ChestReader
 
 CT_RATE_COLUMNS = (
     "Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion",
@@ -49,6 +50,15 @@ CT_RATE_VALID_POSITIVES = dict(
     )
 )
 """Positives among the 3,039 reconstructions of the validation split."""
+
+CT_RATE_VALID_LABELS = tuple(
+    f"{folder}{name}"
+    for folder in ("", "multi_abnormality_labels/", "dataset/multi_abnormality_labels/")
+    for name in ("valid_predicted_labels.csv", "valid_labels.csv")
+)
+"""Names of the validation labels, official and as the authors renamed them, and where the data set keeps them."""
+
+RAD_CHESTCT_LABELS = ("rad_chestct_labels.csv",)
 
 RAD_CHESTCT_COLUMNS = (
     "Emphysema", "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion",
@@ -121,6 +131,7 @@ def open_ct_rate(
         looked_in=root,
     )
     benchmark.excluded = excluded
+    benchmark.reader = ChestReader(root)
     return benchmark
 
 
@@ -177,6 +188,7 @@ def open_rad_chestct(
         allow_missing=allow_missing,
         looked_in=root,
     )
+    benchmark.reader = ChestReader(root)
     benchmark.notes.append(
         "one calcification label stands under two of the 15 columns; merged, 14 classes count it once"
     )
@@ -196,8 +208,6 @@ def merge_calcification(values_NC: np.ndarray, classes: Sequence[str]) -> tuple[
     merged = [classes.index(name) for name in CALCIFICATION_CLASSES]
     larger = values_NC[:, merged].max(1, keepdims=True)
     return np.concatenate((values_NC[:, kept], larger), axis=1), (*(classes[c] for c in kept), CALCIFICATION)
-
-
 
 
 def _single(name: str, path: Path) -> Study | None:

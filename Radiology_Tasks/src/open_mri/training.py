@@ -6,7 +6,7 @@ Axes: D H W voxels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.preflight import PreflightError
 from itemizedclip.models.factory import create_model, load_model_config
 from itemizedclip.training.distributed import on_main
-from itemizedclip.training.options import ModelSettings, RunOptions
+from itemizedclip.training.options import LoadingSettings, ModelSettings, RunOptions
 from open_mri.mae_init import mae_weights_file
 from open_mri.radiology_model import RadiologyItemizedCLIP, load_initial_weights
 from open_mri.reports import StudyIndex
@@ -109,6 +109,38 @@ def volume_transform(volume_size: Size, **more: Any) -> dict[str, Any]:
     return {"volume_size": list(volume_size), "mean": GREY_MEAN, "std": GREY_STD, **more}
 
 
+# --- training data ---------------------------------------------------------------------------------------------------
+
+
+def check_folders(
+    absent: Sequence[str], count: int, *, index: Path, folder: Path, loading: LoadingSettings
+) -> None:
+    """Stop before the first step when too many training studies have no folder: half a copy, or the wrong JSON file.
+
+    Args:
+        absent: studies without one.
+        count: studies.
+        index: file that lists them.
+        folder: where their folders should be.
+        loading: policy for bad samples.
+
+    Raises:
+        PreflightError: more than --max-bad-fraction of the studies, or any with --on-bad-sample stop.
+    """
+    if not absent:
+        return
+    shown = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
+    message = f"{len(absent):,} of {count:,} studies of {index} have no folder in {folder}: {shown}"
+    if loading.on_bad_sample == "stop":
+        raise PreflightError(f"{message}. Add them (--on-bad-sample skip goes on without them)")
+    if len(absent) > loading.max_bad_fraction * count:
+        raise PreflightError(
+            f"{message}, more than --max-bad-fraction {loading.max_bad_fraction:g} allows. Add them, take them out of "
+            "the JSON file, or raise the limit"
+        )
+    logger.warning("%s; others take their place", message)
+
+
 # --- validation data -------------------------------------------------------------------------------------------------
 
 
@@ -149,23 +181,30 @@ class UsableStudies:
 
 
 def usable_rows(
-    dataset: ItemizedStudies, why_unusable: Callable[[int], str | None], *, on_bad_sample: str
+    count: int,
+    why_unusable: Callable[[int], str | None],
+    *,
+    source: Path,
+    on_bad_sample: str,
+    what: str = "study",
 ) -> list[int]:
     """Studies of a validation split that can be opened.
 
     An evaluation cannot replace a study as training does, and should not end after hours of training.
 
     Args:
-        dataset: the split.
+        count: studies of the split.
         why_unusable: study number → why it cannot be opened, None when it can.
+        source: file that lists them.
         on_bad_sample: "skip" leaves such studies out.
+        what: a study, for messages.
 
     Raises:
         BadSampleError: a study that cannot be opened, unless `on_bad_sample` is "skip".
         PreflightError: no study is left.
     """
     rows, bad = [], []
-    for row in range(len(dataset)):
+    for row in range(count):
         message = why_unusable(row)
         if message is None:
             rows.append(row)
@@ -174,11 +213,11 @@ def usable_rows(
         else:
             bad.append(message)
     if not rows:
-        raise PreflightError(f"{dataset.index.path}: no study can be used; the first: {bad[0]}")
+        raise PreflightError(f"{source}: no {what} can be used; the first: {bad[0]}")
     for message in bad[:_MOST_LISTED]:
-        logger.warning("validation study left out: %s", message)
+        logger.warning("validation %s left out: %s", what, message)
     if bad:
-        logger.warning("%d of %d validation studies are left out", len(bad), len(dataset))
+        logger.warning("%d of %d of the validation split are left out", len(bad), count)
     return rows
 
 

@@ -25,6 +25,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -35,7 +36,7 @@ from itemizedclip.collectives import gather_objects
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.evaluation.classification import ClassPrompts, ZeroShotClassifier, class_aucs
 from itemizedclip.evaluation.encoding import EncodingOptions
-from itemizedclip.evaluation.report import EvaluationReport, format_measure, write_results
+from itemizedclip.evaluation.report import EvaluationReport, file_sha256, format_measure, write_results
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.training.distributed import Ranks, launch, on_main
@@ -122,9 +123,19 @@ class ZeroShotOptions(ABC):
             FileNotFoundError, ValueError: what is missing or wrong, in one sentence.
         """
 
+    def fit_to_model(self, benchmark: Benchmark, loaded: LoadedModel) -> Benchmark:
+        """The benchmark as this model takes its studies; every rank calls it.
+
+        Raises:
+            ValueError: a model for other studies.
+        """
+        return benchmark
+
     @abstractmethod
-    def measure(self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str]) -> Measures:
-        """The benchmark's measures."""
+    def measure(
+        self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str], studies: Sequence[str]
+    ) -> Measures:
+        """The benchmark's measures; `studies` are the N ids."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +146,13 @@ class Measures:
         metrics: name → value.
         facts: how they were taken, for the result file.
         table: for people.
+        figures: part of the file name → picture, written beside the result file.
     """
 
     metrics: dict[str, float]
     facts: dict[str, Any]
     table: Table
+    figures: dict[str, Figure] = field(default_factory=dict)
 
 
 def find_labels(given: Path | None, usual_names: Sequence[str], data_dir: Path) -> Path:
@@ -271,15 +284,6 @@ def score_key(options: ZeroShotOptions, loaded: LoadedModel, benchmark: Benchmar
         "reader": benchmark.reader.facts(),
         "precision": options.precision,
     }
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
@@ -489,6 +493,7 @@ def evaluate(options: ZeroShotOptions) -> dict[str, float]:
         _check_model(options, loaded)
         for note in loaded.notes if ranks.is_main else ():
             logger.info("%s: %s", options.resume, note)
+        benchmark = options.fit_to_model(benchmark, loaded)
         key = on_main(lambda: score_key(options, loaded, benchmark))
         log = ScoreLog(options.output_folder, key, benchmark.classes)
         scored = score_benchmark(options, loaded, benchmark, log, ranks)
@@ -532,13 +537,14 @@ def _report(
         )
     if not scored.scores:
         raise BadSampleError(f"{options.data_dir}: no study can be read, the first: {scored.unusable[0]}")
-    scores_NC, labels_NC = scores_and_labels(benchmark, scored)
-    measures = options.measure(scores_NC, labels_NC, benchmark.classes)
+    scores_NC, labels_NC, studies = scores_and_labels(benchmark, scored)
+    measures = options.measure(scores_NC, labels_NC, benchmark.classes, studies)
     facts = {
         "num_studies": len(scored.scores),
         "studies_per_class": {name: int((labels_NC[:, c] == 1).sum()) for c, name in enumerate(benchmark.classes)},
         "prompts": dict(zip(benchmark.classes, benchmark.prompts)),
         "normalise_tokens": True,
+        "volume_size": key["model_config"]["vision_cfg"]["volume_size"],
         "missing": benchmark.missing,
         "missing_scored_zero": benchmark.missing_score_zero and len(scores_NC) > len(scored.scores),
         "unusable": {benchmark.studies[row].study_id: message for row, message in scored.unusable.items()},
@@ -554,30 +560,36 @@ def _report(
     path = options.output_folder / f"{benchmark.name}{published}.results.json"
     name = benchmark.name
     write_results(path, EvaluationReport(name, benchmark.protocol, str(options.resume), measures.metrics, facts))
+    written = [path]
+    for part, figure in measures.figures.items():
+        written.append(options.output_folder / f"{benchmark.name}{published}.{part}.png")
+        figure.savefig(written[-1], metadata={"Software": None})
     console = Console()
     console.print(measures.table)
     left_out = len(benchmark.missing) + len(scored.unusable)
     if left_out:
         console.print(f"{left_out:,} listed studies are missing or cannot be read; see {path.name}", soft_wrap=True)
-    console.print(f"written to {path}", soft_wrap=True)
+    console.print(f"written to {' and '.join(map(str, written))}", soft_wrap=True)
     return measures.metrics
 
 
-def scores_and_labels(benchmark: Benchmark, scored: Scored) -> tuple[np.ndarray, np.ndarray]:
-    """Scores float64 (N, C) and labels int8 (N, C) of what is measured, in the order of the label file.
+def scores_and_labels(benchmark: Benchmark, scored: Scored) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Scores float64 (N, C), labels int8 (N, C) and ids of what is measured, in the order of the label file.
 
     Where the protocol says so, studies that are missing or cannot be read follow, with score 0.
     """
     rows = sorted(scored.scores)
     scores_NC = np.array([scored.scores[row] for row in rows], dtype=np.float64)
     labels_NC = benchmark.labels_NC[rows]
+    studies = [benchmark.studies[row].study_id for row in rows]
     if benchmark.missing_score_zero and (benchmark.missing or scored.unusable):
         absent_MC = [benchmark.labels_NC[sorted(scored.unusable)]]
         absent_MC += [benchmark.missing_labels_MC] if benchmark.missing else []
         labels_MC = np.concatenate(absent_MC)
         scores_NC = np.concatenate([scores_NC, np.zeros(labels_MC.shape)])
         labels_NC = np.concatenate([labels_NC, labels_MC])
-    return scores_NC, labels_NC
+        studies += [benchmark.studies[row].study_id for row in sorted(scored.unusable)] + benchmark.missing
+    return scores_NC, labels_NC, studies
 
 
 def finding_measures(title: str, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str]) -> Measures:

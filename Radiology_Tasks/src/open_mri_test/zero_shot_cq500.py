@@ -34,7 +34,9 @@ class Cq500Options(ZeroShotOptions):
         labels = find_labels(self.labels, LABEL_FILES, self.data_dir)
         return open_cq500(labels, self.data_dir, protocol=self.protocol, allow_missing=self.allow_missing)
 
-    def measure(self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str]) -> Measures:
+    def measure(
+        self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str], studies: Sequence[str]
+    ) -> Measures:
         """AUC of each finding and their mean."""
         return finding_measures("CQ500", scores_NC, labels_NC, classes)
 

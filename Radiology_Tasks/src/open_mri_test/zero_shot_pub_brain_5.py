@@ -56,7 +56,9 @@ class PubBrain5Options(ZeroShotOptions):
         labels = find_labels(self.labels, ["pub_brain_5.csv"], self.data_dir)
         return open_pub_brain_5(labels, self.data_dir, protocol=self.protocol, allow_missing=self.allow_missing)
 
-    def measure(self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str]) -> Measures:
+    def measure(
+        self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str], studies: Sequence[str]
+    ) -> Measures:
         """All measures of the six tasks."""
         metrics: dict[str, float] = {}
         sizes: dict[str, int] = {}

@@ -45,7 +45,9 @@ class RsnaOptions(ZeroShotOptions):
             allow_missing=self.allow_missing,
         )
 
-    def measure(self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str]) -> Measures:
+    def measure(
+        self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str], studies: Sequence[str]
+    ) -> Measures:
         """AUC of each finding and their mean."""
         return finding_measures("RSNA", scores_NC, labels_NC, classes)
 

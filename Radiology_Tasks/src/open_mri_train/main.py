@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from open_mri.reports import read_report_table
-from open_mri.training import UsableStudies, build_model, report_skipped, usable_rows, volume_transform
+from open_mri.training import UsableStudies, build_model, check_folders, report_skipped, usable_rows, volume_transform
 from open_mri.volumes import Size, crop_series, read_volume
 
 from itemizedclip.data.batch import BadSampleError, ItemCollator
@@ -27,7 +27,7 @@ from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.models.factory import create_tokenizer
 from itemizedclip.training.distributed import Ranks, launch, on_main
 from itemizedclip.training.engine import TrainResult, reported_errors, train
-from itemizedclip.training.options import LoadingSettings, parse_run
+from itemizedclip.training.options import parse_run
 from open_mri_train.data import VOLUME_FILE, StudyDataset, StudyFiles, find_study_files
 from open_mri_train.recipes import RECIPES, StudyRun
 
@@ -53,30 +53,6 @@ def unusable_study(dataset: StudyDataset, row: int) -> str | None:
         return None
     more = f" (and {len(messages) - 1} more series)" if len(messages) > 1 else ""
     return f"{messages[0]}{more}"
-
-
-def check_folders(dataset: StudyDataset, loading: LoadingSettings) -> None:
-    """Stop before the first step when too many training studies have no folder: half a copy, or the wrong JSON file.
-
-    Raises:
-        PreflightError: more than --max-bad-fraction of the studies, or any with --on-bad-sample stop.
-    """
-    absent = dataset.without_folder()
-    if not absent:
-        return
-    shown = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
-    message = (
-        f"{len(absent):,} of {len(dataset):,} studies of {dataset.index.path} have no folder in "
-        f"{dataset.study_folder}: {shown}"
-    )
-    if loading.on_bad_sample == "stop":
-        raise PreflightError(f"{message}. Add them (--on-bad-sample skip goes on without them)")
-    if len(absent) > loading.max_bad_fraction * len(dataset):
-        raise PreflightError(
-            f"{message}, more than --max-bad-fraction {loading.max_bad_fraction:g} allows. Add them, take them out of "
-            "the JSON file, or raise the limit"
-        )
-    logger.warning("%s; others take their place", message)
 
 
 def check_reports(
@@ -130,7 +106,10 @@ def open_studies(
     def check() -> list[int]:
         train_split, valid_split = opened()
         on_main_rank.extend((train_split, valid_split))
-        check_folders(train_split, loading)
+        check_folders(
+            train_split.without_folder(), len(train_split), index=train_split.index.path,
+            folder=train_split.study_folder, loading=loading,
+        )  # fmt: skip
         if reports is not None:
             check_reports(reports, on_main_rank, source=options.data.reports)
         for dataset in on_main_rank:
@@ -141,7 +120,8 @@ def open_studies(
                     raise
                 where = dataset.index.path
                 logger.warning("%d studies of %s; the first cannot be used: %s", len(dataset), where, error)
-        return usable_rows(valid_split, partial(unusable_study, valid_split), on_bad_sample=loading.on_bad_sample)
+        why, where = partial(unusable_study, valid_split), valid_split.index.path
+        return usable_rows(len(valid_split), why, source=where, on_bad_sample=loading.on_bad_sample)
 
     # The main rank first, which reports what is wrong with the files; an index of 220,000 studies is read only once.
     on_main_rank: list[StudyDataset] = []
