@@ -6,6 +6,7 @@ Then what is written of an explanation: montages, NIfTI volumes, JSON.
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import nibabel
@@ -16,12 +17,12 @@ import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
 from open_ct_rate.data_chest_ct import ChestInput, load_chest_volume
-from open_mri.cohort import write_head_ct_benchmarks, write_pub_brain_5, write_studies
+from open_mri.cohort import write_ct_rate, write_head_ct_benchmarks, write_pub_brain_5, write_studies
 from open_mri.inputs import HEAD_WINDOWS_HU, _at_chest_spacing, body_of, open_input
 from open_mri.scans import Scan, find_dicom_series, looks_like_hu, orient, read_dicom, read_nifti, series_text
 from open_mri.series_names import encode_series_names
 from open_mri.studies import SeriesFile, load_study
-from open_mri.volumes import GREY_MEAN, GREY_STD
+from open_mri.volumes import GREY_MEAN, GREY_STD, HounsfieldWindow
 from scan_files import affine_of, brain_phantom, chest_phantom, world_of, write_dicom, write_nifti
 
 from itemizedclip.data.batch import BadSampleError
@@ -289,6 +290,8 @@ def test_tensor_layouts_equal_the_evaluations_reader(tmp_path, layout):
     assert torch.equal(opened.image, expected.image)
     assert torch.equal(opened.series_names, expected.series_names)
     np.testing.assert_array_equal(opened.views[0].values, torch.load(folders[0] / "img.pt").numpy())
+    index = json.loads((tmp_path / "mri" / "train.json").read_text())
+    assert opened.items == ([] if layout == "series" else index[study.name]["report"])
     if layout == "study":
         scans = tmp_path / "pb" / "pub_brain_5" / "stroke" / "sub-00001"
         opened = open_input(scans, BRAIN)
@@ -357,6 +360,19 @@ def test_what_is_no_scan(tmp_path):
         torch.save(torch.zeros(4, 4, 4), tmp_path / f"{number}.pt")
     with pytest.raises(BadSampleError, match="holds 2 scans, and a chest model reads one"):
         open_input(tmp_path, CHEST)
+
+
+def test_chest_as_the_checkpoint_was_trained_with_its_report(tmp_path):
+    write_ct_rate(tmp_path, num_train=1, num_valid=1)
+    path = tmp_path / "train" / "train_1" / "train_1_a" / "train_1_a_1.pt"
+    trained = LoadedModel(None, CHEST.config, None, {"transform": {"input_info": ["-1000", "400", "resize"]}})
+    opened = open_input(path, trained)
+    assert opened.views[0].window_hu == (-1000, 400)
+    size = tuple(CHEST.config["vision_cfg"]["volume_size"])
+    expected = load_chest_volume(path, ChestInput(HounsfieldWindow(-1000, 400), "resize", size)).image
+    torch.testing.assert_close(opened.image, expected, rtol=0, atol=1e-5)
+    index = json.loads((tmp_path / "itemized.json").read_text())
+    assert opened.items == [item.lower() for item in index["train_1_a"]["report"]]
 
 
 def test_which_body_a_model_reads():

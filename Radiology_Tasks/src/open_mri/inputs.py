@@ -18,7 +18,7 @@ Axes: S series, D H W voxels, of a view in its file's own grid.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,16 +26,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from open_ct_rate.ct_rate_tree import parse_volume_name
-from open_ct_rate.data_chest_ct import ChestInput, double_rescale_hu
+from open_ct_rate.data_chest_ct import ChestInput, ChestSettings, double_rescale_hu
 from open_mri_test.head_ct import WINDOWS, cq500_window_files, rsna_id, rsna_window_files, window_folders
 from open_mri_test.pub_brain_5 import series_name as pub_brain_5_name
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.items import normalise_item, read_json
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.viewer.inputs import FileGrid, InputView, ModelInput
 from itemizedclip.viewer.maps import Geometry
 from open_mri.benchmark import visible_entries
+from open_mri.reports import report_items
 from open_mri.scans import (
     DicomSeries,
     OrientedScan,
@@ -108,7 +110,8 @@ def open_input(source: Path, loaded: LoadedModel, chest: ChestInput | None = Non
     Args:
         source: a file or folder, see the module's docstring; a DICOM file stands for its series.
         loaded: a model of this wing.
-        chest: window, fit and what to do about a double rescale; its size is the model's. Default: as published.
+        chest: window, fit and what to do about a double rescale; its size is the model's. Default: as the checkpoint
+            was trained, else as published.
 
     Raises:
         BadSampleError: nothing there, nothing that can be read, or several scans for a chest model.
@@ -117,9 +120,8 @@ def open_input(source: Path, loaded: LoadedModel, chest: ChestInput | None = Non
         raise BadSampleError(f"{source}: no such file or folder; expected a study folder, a .pt, NIfTI or DICOM scan")
     size: Size = tuple(loaded.config["vision_cfg"]["volume_size"])
     if body_of(loaded.config) == "chest":
-        options = chest or ChestInput()
-        fitted = ChestInput(options.window, options.fit, size, options.double_rescale)
-        series, notes = _open_chest(source, fitted)
+        options = chest or ChestSettings().chest_input(size, loaded.meta.get("transform"))
+        series, notes = _open_chest(source, replace(options, size=size))
     else:
         series, notes = _open_brain(source, size)
     names = [one.view.name for one in series]
@@ -128,6 +130,7 @@ def open_input(source: Path, loaded: LoadedModel, chest: ChestInput | None = Non
         image=torch.stack([one.image for one in series]),
         views=[one.view for one in series],
         series_names=encode_series_names(names) if loaded.config["vision_cfg"].get("series_names") else None,
+        items=report_beside(source.resolve()),
         notes=notes,
     )
 
@@ -146,6 +149,34 @@ def _name_of(source: Path) -> str:
     if path.name == _TRAINING_FILE or path.name in WINDOWS:
         return f"{path.parent.parent.name}/{path.parent.name}"
     return path.name
+
+
+def report_beside(path: Path) -> list[str]:
+    """The items of a study's report, where the index of its data set lies at its usual place.
+
+    Brain studies: train.json, valid.json or val.json in the data set's folder or its parent. CT-RATE: itemized.json
+    four folders above a volume, items lower-cased as in training.
+    """
+    if path.name in (_TRAINING_FILE, *WINDOWS):
+        path = path.parent.parent
+    if path.suffix == ".pt" and _is_ct_rate(path) and len(path.parents) > 3:
+        name, candidates = parse_volume_name(path.name).scan, [path.parents[3] / "itemized.json"]
+    else:
+        name = path.name
+        folders = [path.parent, path.parent.parent]
+        candidates = [folder / f"{split}.json" for folder in folders for split in ("train", "valid", "val")]
+    for candidate in candidates:
+        if not candidate.is_file():
+            continue
+        try:
+            entries = read_json(candidate, holding="studies")
+            report = entries[name]["report"] if isinstance(entries, dict) and name in entries else None
+            items = [] if report is None else report_items(report)
+        except (ValueError, KeyError, TypeError):
+            continue  # another kind of file, which is not asked for here
+        if items:
+            return [normalise_item(item) for item in items] if candidate.name == "itemized.json" else items
+    return []
 
 
 # --- what is in a file or folder -------------------------------------------------------------------------------------
