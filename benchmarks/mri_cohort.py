@@ -16,6 +16,7 @@ Axes: T items of a study, S series, d h w patches of one series.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -228,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="mri_cohort.py", description=(__doc__ or "").split("\n\n")[0])
     with reported_errors("mri_cohort.py"):
         if options.output.exists() and any(options.output.iterdir()):
-            raise ValueError(f"{options.output}: is not empty; give a new folder (--output)")
+            raise FileExistsError(errno.EEXIST, "is not empty; give a new folder with --output", str(options.output))
         root = options.output / "cohort"
         write_cohort(options, root)
         started = perf_counter()
