@@ -119,9 +119,10 @@ function arrangeItems() {
 
 function drawItem(item) {
   const { shares, nowhere, peak, peakView } = item.attention(state.head);
-  item.numbers.replaceChildren(`peak ${times(peak)}`);
-  if (S > 1) item.numbers.append(" in ", element("b", {}, views[peakView].name));
-  item.numbers.append(` · nowhere ${percent(nowhere)}`);
+  const where = S > 1 ? [" in ", element("b", {}, views[peakView].name)] : [];
+  item.numbers.replaceChildren(
+    element("span", {}, `peak ${times(peak)}`, ...where), " ", element("span", {}, `nowhere ${percent(nowhere)}`),
+  );
   item.strip.hidden = S < 2;
   item.strip.replaceChildren(
     ...shares.map((share, s) => {
