@@ -36,6 +36,7 @@ from itemizedclip.viewer.volumes import (
     montage_figure,
     place_of_token,
     slabs_by_attention,
+    slice_of_map,
     volume_of_map,
     write_attention_volumes,
 )
@@ -266,6 +267,9 @@ def test_head_ct_becomes_three_windows(tmp_path):
     write_nifti(tmp_path / "head.nii.gz", hu, affine)
     opened = open_input(tmp_path / "head.nii.gz", BRAIN)
     assert [view.name for view in opened.views] == [f"head_AX_{word}" for word in HEAD_WINDOWS_HU]
+    explanation = planted(opened, BRAIN_PATCH, [(0, torch.ones(2, 4, 4))])
+    written = write_explanation(explanation, tmp_path / "out", ExplanationFiles(slices=1), {})
+    assert [p.name for p in written if "image__" in p.name] == ["image__head_AX_BloodWindow.nii.gz"]  # HU, once
     for number, window in enumerate(HEAD_WINDOWS_HU.values()):
         view = opened.views[number]
         assert (view.unit, view.window_hu) == ("hu", (window.hu_min, window.hu_max))
@@ -292,6 +296,9 @@ def test_tensor_layouts_equal_the_evaluations_reader(tmp_path, layout):
     np.testing.assert_array_equal(opened.views[0].values, torch.load(folders[0] / "img.pt").numpy())
     index = json.loads((tmp_path / "mri" / "train.json").read_text())
     assert opened.items == ([] if layout == "series" else index[study.name]["report"])
+    for folder in (study.parent, study.parent.parent):
+        with pytest.raises(BadSampleError, match=f"holds studies; give the folder of one, such as {study.parents[1]}"):
+            open_input(folder, BRAIN)
     if layout == "study":
         scans = tmp_path / "pb" / "pub_brain_5" / "stroke" / "sub-00001"
         opened = open_input(scans, BRAIN)
@@ -587,13 +594,21 @@ def test_montage(tmp_path):
     assert "c_SAG_T2 87 % · AX_T1 7 % · AX_T1 7 % · nowhere 0 % · peak 77.0×" in texts
     # Slice 13 of the view, counted from 0 to the right, is slice 5 of the file, counted from 1 to the left.
     assert "slice 5 of 18 · 83 % of attention" in texts
-    # At the left and the top of each: A and S on sagittal slices, L and A on axial ones (columns run to the right).
+    # At the left and the top of each: A and S on sagittal slices, R and A on axial ones.
     sagittal, axial = texts.count("c_SAG_T2"), texts.count("AX_T1")
-    assert (texts.count("S"), texts.count("L"), texts.count("A")) == (sagittal, axial, sagittal + axial)
+    assert (texts.count("S"), texts.count("R"), texts.count("A")) == (sagittal, axial, sagittal + axial)
     images = [axes for axes in figure.axes if axes.images]
     assert len(images) == 2 * (1 + 3) + 1  # and the colour bar
     plain = images[0].images[0].get_array()
     np.testing.assert_array_equal(plain[..., 0], opened.views[1].values[13])
+    # Columns of an axial brain run to the right in the model's view, and to the left where people read it.
+    axial_slice = images[4].images[0].get_array()[..., 0]
+    slab = slabs_by_attention(explanation, 1)[0]
+    np.testing.assert_array_equal(axial_slice, opened.views[0].values[slab.middle][:, ::-1])
+    overlay = images[5].images[0].get_array().astype(int)
+    coloured = np.argwhere(np.ptp(overlay, axis=-1) == np.ptp(overlay, axis=-1).max()).mean(0)
+    expected = slice_of_map(explanation.times_uniform(0)[1], opened.views[0], slab.middle, "smooth")[:, ::-1]
+    assert np.abs(coloured - np.argwhere(expected == np.nanmax(expected)).mean(0)).max() < 8
     box = images[0].get_position()
     shown = box.width * figure.get_figwidth() / (box.height * figure.get_figheight())
     spacing, (_, H, W) = opened.views[1].spacing_mm, opened.views[1].values.shape

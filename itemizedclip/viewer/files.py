@@ -81,10 +81,8 @@ def write_explanation(
         if settings.nifti:
             volumes = folder / "volumes"
             written += write_attention_volumes(explanation, volumes, mode=settings.upsampling, per_head=settings.heads)
-            views = explanation.source.views
-            names = file_names([view.name for view in views])
-            for view, name in zip(views if with_images else [], names):
-                written.append(write_volume(view.values, view, volumes / f"image__{name}.nii.gz"))
+            if with_images:
+                written += _write_images(explanation, volumes)
     path = folder / "explanation.json"
     content = describe(explanation) | dict(facts) | {"files": [str(p.relative_to(folder)) for p in written]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +128,17 @@ def _write_montages(explanation: Explanation, folder: Path, settings: Explanatio
         name = f"montage_{page}" if len(starts) > 1 else "montage"
         written.append(save_figure(figure, folder / f"{name}.{settings.format}"))
     return written
+
+
+def _write_images(explanation: Explanation, folder: Path) -> list[Path]:
+    """The series themselves; voxels that several views show in different windows are written once."""
+    views = explanation.source.views
+    first_of = {id(view.values): n for n, view in reversed(list(enumerate(views)))}
+    return [
+        write_volume(view.values, view, folder / f"image__{name}.nii.gz")
+        for n, (view, name) in enumerate(zip(views, file_names([view.name for view in views])))
+        if first_of[id(view.values)] == n
+    ]
 
 
 def describe(explanation: Explanation) -> dict[str, Any]:

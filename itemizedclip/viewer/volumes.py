@@ -191,7 +191,22 @@ def _slice_panel(explanation: Explanation, item: int, slab: Slab, mode: Upsampli
     _, h, w = view.spacing_mm or (1.0, 1.0, 1.0)
     rows, columns = view.values.shape[1:]
     pixels = np.repeat(grey_of(view, view.values[slab.middle])[..., None], 3, axis=-1)
-    return Panel(lines[0], " · ".join(lines[1:]), values, None, pixels, (rows * h, columns * w), _marks(view))
+    marks, turned = _as_read(_marks(view))
+    pixels = pixels[turned]
+    values = None if values is None else values[turned]
+    return Panel(lines[0], " · ".join(lines[1:]), values, None, pixels, (rows * h, columns * w), marks)
+
+
+def _as_read(marks: tuple[str, str]) -> tuple[tuple[str, str], tuple[slice, slice]]:
+    """The way slices hang on a wall: right or front of the patient at the left edge, front or head at the top.
+
+    Models see some the other way round. Returns the marks then, and the rows and columns to take.
+    """
+    opposite = {"L": "R", "P": "A", "I": "S"}
+    left, top = marks
+    backwards, forwards = slice(None, None, -1), slice(None)
+    turned = backwards if top in ("P", "I") else forwards, backwards if left in ("L", "P") else forwards
+    return (opposite.get(left, left), opposite.get(top, top)), turned
 
 
 def _slice_number(view: InputView, d: int) -> int:

@@ -268,8 +268,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _nothing(source: Path, body: Body, left_out: Sequence[str] = ()) -> BadSampleError:
-    if source.is_dir() and (studies := sum(1 for _ in source.glob(f"*/*/{_TRAINING_FILE}"))):
-        return BadSampleError(f"{source}: holds studies ({studies} series of them); give the folder of one study")
+    for depth in ("*/*", "*/*/*"):
+        first = next(source.glob(f"{depth}/{_TRAINING_FILE}"), None) if source.is_dir() else None
+        if first is not None:
+            return BadSampleError(f"{source}: holds studies; give the folder of one, such as {first.parent.parent}")
     expected = {
         "brain": "STUDY/SERIES/img.pt, SCAN.pt, NIfTI files or DICOM series of CT or MR",
         "chest": "one .pt volume in HU, one NIfTI file or one DICOM series of CT",
