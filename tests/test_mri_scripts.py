@@ -168,11 +168,7 @@ def test_initial_weights_of_every_part(cohort, trained, tmp_path):
     from timm.models.vision_transformer import VisionTransformer
 
     config = load_pretrained(trained).config
-    bert = tmp_path / "bert"
-    bert.mkdir()
-    text_cfg = config["text_cfg"]
-    (bert / "config.json").write_text(json.dumps(text_cfg["hf_config"]))
-    shutil.copy(ROOT / "Radiology_Tasks" / "src" / "open_mri" / "configs" / "builtin_vocab.txt", bert / "vocab.txt")
+    bert = write_bert(tmp_path / "bert", config["text_cfg"]["hf_config"])
     torch.manual_seed(7)
     donor = RadiologyItemizedCLIP(config).text.transformer
     torch.save({f"bert.{k}": v for k, v in donor.state_dict().items()}, bert / "pytorch_model.bin")
@@ -537,6 +533,35 @@ def test_missing_and_broken_studies(cohort, trained, tmp_path, capsys, monkeypat
     scored.clear()
     zero_shot_rsna.main(arguments)
     assert len(scored) == 2
+
+
+def test_released_checkpoint_with_a_tokenizer_from_a_folder(cohort, trained, tmp_path, capsys, monkeypatch):
+    """A released file carries weights under module. names and nothing else; its hub cannot be reached here."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loaded = torch.load(trained, weights_only=True)
+    released = tmp_path / "released.pt"
+    torch.save({"state_dict": {f"module.{key}": value for key, value in loaded["state_dict"].items()}}, released)
+    config = load_pretrained(trained).config
+    text_cfg = {key: value for key, value in config["text_cfg"].items() if key != "tokenizer_json"}
+    config = config | {"text_cfg": text_cfg | {"text_model": "nobody/no-such-bert"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    bert = write_bert(tmp_path / "bert", text_cfg["hf_config"])
+    flags = ["--data-dir", str(cohort.root / "rsna"), "--workers", "0", "--resume"]
+    model = ["--model", str(tmp_path / "config.json")]
+    assert "--text-model FOLDER" in fails(capsys, zero_shot_rsna.main, [*flags, str(released), *model])
+    found = zero_shot_rsna.main([*flags, str(released), *model, "--text-model", str(bert)])
+    assert found == score("rsna", cohort, trained, tmp_path / "own")["metrics"]
+    message = fails(capsys, zero_shot_rsna.main, [*flags, str(trained), "--text-model", str(bert),
+                                                  "--output", str(tmp_path / "out")])  # fmt: skip
+    assert "drop --text-model" in message
+
+
+def write_bert(folder: Path, shape: dict) -> Path:
+    """A BERT folder without weights: shape and vocabulary."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape))
+    shutil.copy(ROOT / "Radiology_Tasks" / "src" / "open_mri" / "configs" / "builtin_vocab.txt", folder / "vocab.txt")
+    return folder
 
 
 def test_wrong_evaluation_flags_give_one_message(cohort, trained, tmp_path, capsys):

@@ -38,12 +38,13 @@ from itemizedclip.evaluation.classification import ClassPrompts, ZeroShotClassif
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.report import EvaluationReport, file_sha256, format_measure, write_results
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import LoadedModel, load_pretrained
+from itemizedclip.models.factory import LoadedModel, load_model_config, load_pretrained
 from itemizedclip.training.distributed import Ranks, launch, on_main
 from itemizedclip.training.engine import reported_errors
 from itemizedclip.training.options import DistributedSettings, RunOptions, RunSettings
 from itemizedclip.training.precision import Precision, resolve_precision
 from open_mri.benchmark import Benchmark, Protocol
+from open_mri.text_tower import bert_config_of, with_text_model
 from open_mri.volumes import Size
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,9 @@ class ZeroShotOptions(ABC):
 
     model: str = "HLIPSN_BiomedBERT_81616_itemizedclip"
     """Config of a released checkpoint; checkpoints of runs carry their own."""
+
+    text_model: str | None = None
+    """BERT folder or hub name whose tokenizer a released checkpoint uses; default: the hub name of its config."""
 
     use_serienames: bool = True
     """Accepted for published commands; whether the model reads series names is part of its config."""
@@ -489,7 +493,7 @@ def evaluate(options: ZeroShotOptions) -> dict[str, float]:
     run = RunOptions(run=RunSettings(device=options.device), distributed=options.distributed)
     with launch(run) as ranks:
         benchmark = on_main(lambda: _open(options))
-        loaded = load_pretrained(options.resume, config=options.model)
+        loaded = _load(options)
         _check_model(options, loaded)
         for note in loaded.notes if ranks.is_main else ():
             logger.info("%s: %s", options.resume, note)
@@ -516,6 +520,18 @@ def _open(options: ZeroShotOptions) -> Benchmark:
     benchmark = options.open()
     logger.info(benchmark.describe())
     return benchmark
+
+
+def _load(options: ZeroShotOptions) -> LoadedModel:
+    """The checkpoint, with the text model of a released one."""
+    if options.text_model is None:
+        return load_pretrained(options.resume, config=options.model)
+    on_main(lambda: bert_config_of(str(options.text_model)))  # one download, one message
+    config = with_text_model(load_model_config(options.model), options.text_model)
+    loaded = load_pretrained(options.resume, config=config)
+    if "model_config" in loaded.meta:
+        raise ValueError(f"{options.resume}: carries its own tokenizer; drop --text-model")
+    return loaded
 
 
 def _check_model(options: ZeroShotOptions, loaded: LoadedModel) -> None:
