@@ -553,8 +553,9 @@ def test_recall_is_measured_when_much_changed_and_for_other_queries(copy, tmp_pa
 )
 def test_default_candidates_follow_the_measurement(at, expected):
     recall = PrefilterRecall(10, 9000, 5, "queries", at)
-    assert default_candidates(recall) == expected
-    assert default_candidates(None) == 500
+    assert default_candidates(9000, recall) == expected
+    assert default_candidates(9000, None) == 500
+    assert default_candidates(2000, recall) == default_candidates(2000, None) == 2000
     assert recall.lower_bound(49) == (20, at[20])
     assert recall.lower_bound(19) is None
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from filelock import FileLock, Timeout
@@ -48,6 +49,9 @@ from itemizedclip.viewer.inputs import read_photograph
 
 LEAST_LIVE_FRACTION = 0.5
 """A shard with fewer rows in use than this fraction is written again without the others."""
+
+SECONDS_BETWEEN_REPORTS = 60.0
+"""Of a long build, in the log."""
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +147,7 @@ def encode_chunks(
     images = [image for chunk in own for image in chunk.images]
     loads = iter(_loader(folder, images, own, transform, options.encoding))
     written = _Written()
+    told = perf_counter()
     for chunk in own:
         num_batches = -(-len(chunk.images) // options.encoding.batch_size)
         parts: list[tuple[Tensor, Tensor]] = []
@@ -158,6 +163,10 @@ def encode_chunks(
             write_shard(output, chunk.number, global_nD, tokens_nLD, header)
         written.images += header.images
         written.unreadable += header.unreadable
+        if perf_counter() - told > SECONDS_BETWEEN_REPORTS:
+            told = perf_counter()
+            done = len(written.images) + len(written.unreadable)
+            logger.info("%s of %s images encoded by this process", f"{done:,}", f"{len(images):,}")
         check_bad(len(plan.unreadable) + len(written.unreadable), plan, header.unreadable)
     return written
 

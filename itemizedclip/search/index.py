@@ -100,7 +100,7 @@ class ImageIndex:
             k: hits per text; fewer when the index holds fewer images.
             exact: score all images, not only the prefilter's candidates.
             candidates: images with the largest global cosine that are scored, at least k; default:
-                `recall.default_candidates` of what was measured.
+                `recall.default_candidates`, all of up to 2,000 images.
 
         Raises:
             ValueError: no text, or a k or number of candidates below 1.
@@ -129,7 +129,8 @@ class ImageIndex:
             raise ValueError(f"{candidates} candidates were asked for; expected at least 1")
         if exact:
             return len(self)
-        return min(max(k, candidates or default_candidates(self.manifest.recall)), len(self))
+        chosen = candidates or default_candidates(len(self), self.manifest.recall)
+        return min(max(k, chosen), len(self))
 
     def recall(
         self,

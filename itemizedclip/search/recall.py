@@ -77,12 +77,14 @@ class PrefilterRecall:
         return (max(measured), self.at[max(measured)]) if measured else None
 
 
-def default_candidates(recall: PrefilterRecall | None) -> int:
-    """How many candidates a search scores exactly unless it is told."""
+def default_candidates(num_images: int, recall: PrefilterRecall | None) -> int:
+    """How many of N images a search scores exactly unless it is told: all of few."""
+    if num_images <= MOST_DEFAULT_CANDIDATES:
+        return num_images
     if recall is None:
         return DEFAULT_CANDIDATES
     enough = [count for count, share in sorted(recall.at.items()) if share >= WANTED_RECALL]
-    return min(enough[0], MOST_DEFAULT_CANDIDATES) if enough else MOST_DEFAULT_CANDIDATES
+    return min([*enough[:1], MOST_DEFAULT_CANDIDATES])
 
 
 class Features(Protocol):

@@ -56,8 +56,8 @@ class SearchOptions:
     """Score every image instead of the prefilter's candidates."""
 
     candidates: int | None = None
-    """Images that the prefilter leaves for exact scoring; default: the fewest measured to find 95 % of the best (the
-    index keeps the measurement), at most 2,000; 500 when nothing was measured."""
+    """Images that the prefilter leaves for exact scoring; default: all of up to 2,000, of more the fewest measured to
+    find 95 % of the best (the index keeps the measurement), at most 2,000; 500 when nothing was measured."""
 
     measure_recall: bool = False
     """Also search exactly, and say which share of the best images the prefilter kept for these texts."""
