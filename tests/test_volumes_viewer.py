@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from open_ct_rate.data_chest_ct import ChestInput, load_chest_volume
 from open_mri.cohort import write_ct_rate, write_head_ct_benchmarks, write_pub_brain_5, write_studies
 from open_mri.inputs import HEAD_WINDOWS_HU, _at_chest_spacing, body_of, open_input
-from open_mri.scans import Scan, find_dicom_series, looks_like_hu, orient, read_dicom, read_nifti, series_text
+from open_mri.scans import (
+    Scan,
+    find_dicom_series,
+    looks_like_hu,
+    orient,
+    read_dicom,
+    read_nifti,
+    series_text,
+    usable_series,
+)
 from open_mri.series_names import encode_series_names
 from open_mri.studies import SeriesFile, load_study
 from open_mri.volumes import GREY_MEAN, GREY_STD, HounsfieldWindow
@@ -342,6 +351,28 @@ def test_ct_rate_files_keep_their_stored_order(tmp_path):
     np.testing.assert_array_equal(renamed.views[0].values, hu.transpose(2, 1, 0)[:, ::-1, ::-1])
 
 
+@pytest.mark.parametrize("dtype", [">i2", ">f4", "<u2", "<i4", "<f8", "u1"])
+def test_values_of_any_type_and_byte_order(tmp_path, dtype):
+    shape = (30, 32, 12)
+    affine = affine_of("RPI", (1.0, 1.0, 4.0), shape)
+    voxels = brain_phantom(world_of(shape, affine), SPOT * 0) // 5
+    header = nibabel.Nifti1Header(endianness=">" if dtype.startswith(">") else "<")
+    image = nibabel.Nifti1Image(voxels.astype(dtype), affine, header)
+    image.set_data_dtype(np.dtype(dtype))
+    nibabel.save(image, tmp_path / "a.nii")
+    scan = read_nifti(tmp_path / "a.nii")
+    assert scan.voxels.dtype == (np.float32 if "f" in dtype else np.int16)
+    np.testing.assert_array_equal(scan.voxels, voxels)
+    assert open_input(tmp_path / "a.nii", BRAIN).views[0].values.max() == 255
+
+
+def test_large_integers_become_floats(tmp_path):
+    voxels = np.arange(27, dtype=np.int32).reshape(3, 3, 3) * 10_000
+    scan = read_nifti(write_nifti(tmp_path / "a.nii", voxels, np.eye(4)))
+    assert scan.voxels.dtype == np.float32
+    np.testing.assert_array_equal(scan.voxels, voxels)
+
+
 def test_what_is_no_scan(tmp_path):
     with pytest.raises(BadSampleError, match="no such file or folder"):
         open_input(tmp_path / "nowhere", BRAIN)
@@ -451,6 +482,15 @@ def test_dicom_series_are_chosen_by_a_file(tmp_path):
     opened = open_input(tmp_path / "s2_000.dcm", CHEST)
     assert opened.views[0].name == "soft"
     assert opened.views[0].values.shape == (32, 100, 100)
+
+
+def test_any_file_may_lie_in_a_dicom_folder():
+    """pydicom's own collection of odd and damaged files: sorted without an error, none of them a scan."""
+    folder = Path(pydicom.__file__).parent / "data" / "test_files"
+    kept, notes = usable_series(find_dicom_series(folder))
+    assert kept == []
+    assert any("modality" in note for note in notes)
+    assert any("fewer than 8" in note for note in notes)
 
 
 def test_dicom_remarks(tmp_path):

@@ -10,6 +10,7 @@ anterior, superior are positive), as in NIfTI.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Scan:
 
     Attributes:
         name: of the file or the series, without its plane.
-        voxels: (i, j, k), integers or float32, finite.
+        voxels: (i, j, k), int16 or float32, finite.
         affine: float64 (4, 4), voxel (i, j, k) → world.
         source: file, or folder of a DICOM series.
         modality: "CT", "MR", or "" when the file does not say.
@@ -185,9 +186,10 @@ def read_nifti(path: Path) -> Scan:
 
 
 def _plain(voxels: np.ndarray, source: Path) -> np.ndarray:
-    """Integers as they are, floats as finite float32."""
-    if voxels.dtype.kind in "iu":
-        return voxels
+    """int16 where the values are such integers, else finite float32; in the machine's byte order."""
+    limits = np.iinfo(np.int16)
+    if voxels.dtype.kind in "iu" and limits.min <= voxels.min() and voxels.max() <= limits.max:
+        return voxels.astype(np.int16)
     voxels = voxels.astype(np.float32)
     if not np.isfinite(voxels).all():
         bad = int((~np.isfinite(voxels)).sum())
@@ -230,8 +232,48 @@ class DicomSeries:
 
 _TAGS = [
     "SeriesInstanceUID", "SeriesDescription", "ProtocolName", "SeriesNumber", "Modality", "ImageType", "InstanceNumber",
-    "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames", "Rows", "Columns", "SOPClassUID",
+    "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames", "Rows", "Columns",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """What the header of one DICOM image says; numbers are 0 and lists empty where it says nothing."""
+
+    path: Path
+    uid: str
+    description: str
+    series_number: int
+    modality: str
+    is_localizer: bool
+    number: int
+    frames: int
+    size: tuple[int, int]
+    position: list[float]
+    direction: list[float]
+
+
+def _read_slice(path: Path) -> _Slice | None:
+    """The header of a file; None for one that is no DICOM image, or damaged."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # values that break a rule of the standard are common and do no harm here
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+            return _Slice(
+                path=path,
+                uid=str(header.get("SeriesInstanceUID", "")),
+                description=str(header.get("SeriesDescription") or header.get("ProtocolName") or "").strip(),
+                series_number=int(header.get("SeriesNumber") or 0),
+                modality=str(header.get("Modality") or ""),
+                is_localizer=any("LOCALIZER" in str(kind).upper() for kind in header.get("ImageType") or []),
+                number=int(header.get("InstanceNumber") or 0),
+                frames=int(header.get("NumberOfFrames") or 1),
+                size=(int(header.Rows), int(header.Columns)),
+                position=[float(value) for value in header.get("ImagePositionPatient") or []],
+                direction=[float(value) for value in header.get("ImageOrientationPatient") or []],
+            )
+    except Exception:  # any file may lie in the folder, and its bytes make the reader fail in any way
+        return None
 
 
 def find_dicom_series(source: Path) -> list[DicomSeries]:
@@ -242,67 +284,54 @@ def find_dicom_series(source: Path) -> list[DicomSeries]:
     wanted: str | None = None
     folder = source
     if source.is_file():
-        header = _read_header(source)
-        if header is None:
+        own = _read_slice(source)
+        if own is None:
             return []
-        wanted, folder = str(header.get("SeriesInstanceUID", "")), source.parent
-    by_uid: dict[str, list[tuple[Path, Any]]] = {}
+        wanted, folder = own.uid, source.parent
+    by_uid: dict[str, list[_Slice]] = {}
     for path in sorted(folder.rglob("*") if wanted is None else folder.iterdir()):
         if path.name.startswith(".") or path.suffix.lower() in _NO_DICOM or not path.is_file():
             continue
-        header = _read_header(path)
-        if header is not None and "Rows" in header:
-            by_uid.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
-    series = [_sort_series(uid, entries) for uid, entries in by_uid.items() if wanted in (None, uid)]
-    return [one for _, one in sorted(series, key=lambda pair: (pair[0], pair[1].uid))]
+        found = _read_slice(path)
+        if found is not None and wanted in (None, found.uid):
+            by_uid.setdefault(found.uid, []).append(found)
+    order = sorted(by_uid, key=lambda uid: (by_uid[uid][0].series_number, uid))
+    return [_sort_series(by_uid[uid]) for uid in order]
 
 
-def _read_header(path: Path) -> Any | None:
-    try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-    except (pydicom.errors.InvalidDicomError, OSError, ValueError, EOFError, AttributeError, KeyError):
-        return None
-
-
-def _sort_series(uid: str, entries: list[tuple[Path, Any]]) -> tuple[int, DicomSeries]:
-    """The series of some files, with its number."""
-    header = entries[0][1]
-    description = str(header.get("SeriesDescription", "") or header.get("ProtocolName", "") or "").strip()
-    modality = str(header.get("Modality", "") or "")
+def _sort_series(slices: list[_Slice]) -> DicomSeries:
+    """The series of some files."""
+    first = slices[0]
     notes: list[str] = []
     reason = ""
-    if modality not in _MODALITIES:
-        reason = f"modality {modality or 'not given'}, neither CT nor MR"
-    elif any("LOCALIZER" in str(kind).upper() for kind in header.get("ImageType", None) or []):
+    if first.modality not in _MODALITIES:
+        reason = f"modality {first.modality or 'not given'}, neither CT nor MR"
+    elif any(one.is_localizer for one in slices):
         reason = "a localizer"
-    frames = int(header.get("NumberOfFrames", 1) or 1)
-    files, num_slices = [path for path, _ in entries], len(entries)
-    if len(entries) == 1 and frames > 1:
-        num_slices = frames
-    elif not reason:
-        sorted_files, reason, notes = _along_normal(entries)
+    files, num_slices = [one.path for one in slices], len(slices)
+    if len(slices) == 1 and first.frames > 1:
+        num_slices = first.frames
+    elif not reason and num_slices >= MIN_SLICES:
+        sorted_files, reason, notes = _along_normal(slices)
         if not reason:
             files, num_slices = sorted_files, len(sorted_files)
     if not reason and num_slices < MIN_SLICES:
         reason = f"{num_slices} slices, fewer than {MIN_SLICES}"
-    number = int(header.get("SeriesNumber", 0) or 0)
-    return number, DicomSeries(uid, description, modality, files, num_slices, reason, notes)
+    return DicomSeries(first.uid, first.description, first.modality, files, num_slices, reason, notes)
 
 
-def _along_normal(entries: list[tuple[Path, Any]]) -> tuple[list[Path], str, list[str]]:
+def _along_normal(slices: list[_Slice]) -> tuple[list[Path], str, list[str]]:
     """Files sorted along the normal of their slices, one per position; or a reason why they are no stack."""
-    headers = [header for _, header in entries]
-    if any("ImagePositionPatient" not in h or "ImageOrientationPatient" not in h for h in headers):
+    if any(len(one.position) != 3 or len(one.direction) != 6 for one in slices):
         return [], "slices without position or orientation", []
-    directions = np.array([h.ImageOrientationPatient for h in headers], dtype=float)
+    directions = np.array([one.direction for one in slices])
     if np.abs(directions - directions[0]).max() > 1e-3:
         return [], "slices lie in different planes", []
-    if len({(h.Rows, h.Columns) for h in headers}) > 1:
+    if len({one.size for one in slices}) > 1:
         return [], "slices differ in size", []
     normal = np.cross(directions[0, :3], directions[0, 3:])
-    along: list[float] = (np.array([h.ImagePositionPatient for h in headers], dtype=float) @ normal).tolist()
-    numbers = [int(h.get("InstanceNumber", 0) or 0) for h in headers]
-    order = sorted(range(len(entries)), key=lambda n: (round(along[n], 3), numbers[n]))
+    along: list[float] = (np.array([one.position for one in slices]) @ normal).tolist()
+    order = sorted(range(len(slices)), key=lambda n: (round(along[n], 3), slices[n].number))
     kept = [n for place, n in enumerate(order) if place == 0 or along[n] - along[order[place - 1]] > 1e-3]
     notes = []
     if len(kept) < len(order):
@@ -310,7 +339,7 @@ def _along_normal(entries: list[tuple[Path, Any]]) -> tuple[list[Path], str, lis
     gaps = np.diff([along[n] for n in kept])
     if len(gaps) and gaps.max() - gaps.min() > _UNEVEN_MM:
         notes.append(f"slices are unevenly spaced, {gaps.min():.2f} to {gaps.max():.2f} mm; their mean is taken")
-    return [entries[n][0] for n in kept], "", notes
+    return [slices[n].path for n in kept], "", notes
 
 
 def read_dicom(series: DicomSeries) -> Scan:
