@@ -12,7 +12,6 @@ Axes: K items of one input.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.explain import ExplainEvaluator
 from itemizedclip.evaluation.report import EvaluationReport, file_sha256, metrics_table, progress_bar, write_results
 from itemizedclip.models.factory import LoadedModel, create_transform, load_pretrained
-from itemizedclip.report import read_items_file, score_table, split_texts
+from itemizedclip.questions import QuestionOptions, items_to_ask, score_table
 from itemizedclip.training.distributed import Ranks, launch, on_main
 from itemizedclip.training.engine import reported_errors
 from itemizedclip.training.options import DistributedSettings, RunOptions, RunSettings
@@ -95,54 +94,24 @@ class SetSettings:
                 raise ValueError(f"--{name} is {value}; expected at least {lowest}")
 
 
-@dataclass(frozen=True)
-class ExplainOptions:
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions(QuestionOptions):
     """One input or a set, by which model, and where the results go."""
-
-    checkpoint: Annotated[Path, tyro.conf.arg(aliases=("--resume",))]
-    """Checkpoint of a run or a released one (.pt, .safetensors)."""
 
     input: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")] = None
     """An image file, or what the model's family reads: a study folder, a scan."""
 
-    model: str | None = None
-    """Model name or config .json; only for released checkpoints, which do not carry their config."""
-
-    items: str | None = None
-    """Texts to look for, joined by ';'; default: the input's own items, where it has some."""
-
-    items_file: Path | None = None
-    """The same from a file: one text per line, or a .json list of texts."""
-
     output: Path | None = None
     """Folder of the results; default: NAME.explain here, of a set CHECKPOINT.explain beside the checkpoint."""
-
-    device: str = "auto"
-    """auto (a GPU when there is one), cpu, cuda or cuda:N."""
-
-    normalise_tokens: bool = False
-    """L2-normalise image tokens before the head, as published zero-shot evaluation does; changes the third decimal."""
 
     files: Annotated[ExplanationFiles, tyro.conf.arg(name="")] = field(default_factory=ExplanationFiles)
     over: Annotated[SetSettings, tyro.conf.arg(name="")] = field(default_factory=SetSettings)
     distributed: Annotated[DistributedSettings, tyro.conf.arg(name="")] = field(default_factory=DistributedSettings)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"--device is {self.device!r}; expected auto, cpu, cuda or cuda:N")
-        if self.items is not None and self.items_file is not None:
-            raise ValueError("--items and --items-file: give one of them")
-        if self.items is not None and not split_texts(self.items):
-            raise ValueError('--items holds no text; expected such as "a runway;parked planes"')
+        super().__post_init__()
         if (self.input is None) == (self.over.scenes is None and self.over.folder is None):
             raise ValueError("give one input (a file or folder), or a set by --scenes LEVEL or --folder DIR")
-
-    @property
-    def texts(self) -> list[str]:
-        """The texts given by flags."""
-        if self.items_file is not None:
-            return read_items_file(self.items_file)
-        return split_texts(self.items or "")
 
 
 def run(options: ExplainOptions) -> dict[str, float]:
@@ -169,11 +138,8 @@ def explain_one(options: ExplainOptions, loaded: LoadedModel, texts: list[str]) 
     """Write pictures, volumes and JSON of one input, print its scores."""
     assert options.input is not None
     source = open_input(options.input, loaded)
-    items = texts or source.items
-    if not items:
-        raise ValueError(
-            f'{options.input}: has no items of its own; give texts by --items "a runway;parked planes" or --items-file'
-        )
+    remedy = 'give texts by --items "a runway;parked planes" or --items-file'
+    items = items_to_ask(texts, options.input, source, remedy=remedy)
     for note in source.notes:
         logger.info(note)
     explainer = Explainer(loaded, source, normalise_tokens=options.normalise_tokens)

@@ -24,7 +24,7 @@ from report_cases import AXIAL, PROVENANCE, photograph, planted_maps, scan, stud
 
 from itemizedclip.cli import main as cli
 from itemizedclip.models.factory import load_pretrained
-from itemizedclip.report import read_items_file, split_texts
+from itemizedclip.questions import read_items_file, split_texts
 from itemizedclip.viewer.explainer import Explainer
 from itemizedclip.viewer.html import described_items, pack_array, report_html
 from itemizedclip.viewer.inputs import Explanation, InputView, ModelInput, explain_input, photograph_input

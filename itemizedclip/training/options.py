@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import re
 import sys
 import types
 import typing
@@ -41,6 +42,16 @@ def _at_least(owner: object, **minimum: float) -> None:
     for name, lowest in minimum.items():
         value = getattr(owner, name)
         _check(value >= lowest, f"--{name.replace('_', '-')} is {value}; expected at least {lowest}")
+
+
+def check_device_name(name: str) -> None:
+    """Whether --device names a device; whether the machine has it, `choose_device` finds out.
+
+    Raises:
+        ValueError: any other name.
+    """
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
+    _check(known, f"--device is {name!r}; expected auto, cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True)
@@ -81,10 +92,7 @@ class RunSettings:
         _at_least(self, seed=0, save_frequency=1, save_every_steps=0, val_frequency=0)
         plain = not set(self.name) & {"/", "\\"} and not self.name.startswith(".")
         _check(plain, f"--name is {self.name!r}; expected a plain folder name; its parent is --logs")
-        known = self.device in ("auto", "cpu", "cuda") or (
-            self.device.startswith("cuda:") and self.device[5:].isdigit()
-        )
-        _check(known, f"--device is {self.device!r}; expected auto, cpu, cuda or cuda:N")
+        check_device_name(self.device)
 
 
 @dataclass(frozen=True)

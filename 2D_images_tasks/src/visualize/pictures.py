@@ -27,6 +27,7 @@ from itemizedclip.models.factory import CheckpointError, LoadedModel, create_tra
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.tokenizers import ClipTokenizer
 from itemizedclip.training.distributed import choose_device
+from itemizedclip.training.options import check_device_name
 from itemizedclip.viewer.figures import attention_figure, head_figure, save_figure
 from itemizedclip.viewer.maps import Geometry, ItemMaps, Upsampling, geometry_of_transform, item_maps, map_to_input
 
@@ -52,8 +53,7 @@ class ModelSettings:
     """auto (a GPU when there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"--device is {self.device!r}; expected auto, cpu, cuda or cuda:N")
+        check_device_name(self.device)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ Axes: K findings.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,9 +26,10 @@ from rich.console import Console
 from itemizedclip.evaluation.report import file_sha256
 from itemizedclip.explain import is_nifti_name, print_written
 from itemizedclip.models.factory import LoadedModel, load_pretrained
-from itemizedclip.report import read_items_file, score_table, split_texts
+from itemizedclip.questions import check_texts_flags, read_items_file, score_table, split_texts
 from itemizedclip.training.distributed import choose_device
 from itemizedclip.training.engine import reported_errors
+from itemizedclip.training.options import check_device_name
 from itemizedclip.training.tracking import logging_to_console
 from itemizedclip.viewer.explainer import Explainer
 from itemizedclip.viewer.files import ExplanationFiles, write_explanation
@@ -77,12 +77,8 @@ class InferenceOptions:
     files: Annotated[ExplanationFiles, tyro.conf.arg(name="")] = field(default_factory=ExplanationFiles)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"--device is {self.device!r}; expected auto, cpu, cuda or cuda:N")
-        if self.findings is not None and self.findings_file is not None:
-            raise ValueError("--findings and --findings-file: give one of them")
-        if self.findings is not None and not split_texts(self.findings):
-            raise ValueError('--findings holds no text; expected such as "pleural effusion;lung nodule"')
+        check_device_name(self.device)
+        check_texts_flags("findings", self.findings, self.findings_file, example="pleural effusion;lung nodule")
         if self.input_info is not None:
             parse_input_info(self.input_info)
 

@@ -1,0 +1,122 @@
+"""What commands share that ask a model about one image or study: which model, which texts, how the scores are printed.
+
+Axes: T items.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.table import Table
+from rich.text import Text
+
+from itemizedclip.training.options import check_device_name
+from itemizedclip.viewer.inputs import Explanation, ModelInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions:
+    """The model, and the texts to ask it; commands add what they show and where it goes."""
+
+    checkpoint: Annotated[Path, tyro.conf.arg(aliases=("--resume",))]
+    """Checkpoint of a run or a released one (.pt, .safetensors)."""
+
+    model: str | None = None
+    """Model name or config .json; only for released checkpoints, which do not carry their config."""
+
+    items: str | None = None
+    """Texts to look for, joined by ';'; default: the input's own items, where it has some."""
+
+    items_file: Path | None = None
+    """The same from a file: one text per line, or a .json list of texts."""
+
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda or cuda:N."""
+
+    normalise_tokens: bool = False
+    """L2-normalise image tokens before the head, as published zero-shot evaluation does; changes the third decimal."""
+
+    def __post_init__(self) -> None:
+        check_device_name(self.device)
+        check_texts_flags("items", self.items, self.items_file, example="a runway;parked planes")
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts given by flags; read here, where a file that cannot be read is one message."""
+        return read_items_file(self.items_file) if self.items_file is not None else split_texts(self.items or "")
+
+
+def items_to_ask(texts: list[str], path: Path, source: ModelInput, *, remedy: str) -> list[str]:
+    """The texts given, else the own items of the input that was read from `path`.
+
+    Raises:
+        ValueError: neither; `remedy` says what to do.
+    """
+    items = texts or source.items
+    if not items:
+        raise ValueError(f"{path}: has no items of its own; {remedy}")
+    return items
+
+
+def check_texts_flags(flag: str, texts: str | None, file: Path | None, *, example: str) -> None:
+    """Texts by one flag, or by --FLAG-file, or not at all.
+
+    Raises:
+        ValueError: both, or no text between the semicolons.
+    """
+    if texts is not None and file is not None:
+        raise ValueError(f"--{flag} and --{flag}-file: give one of them")
+    if texts is not None and not split_texts(texts):
+        raise ValueError(f'--{flag} holds no text; expected such as "{example}"')
+
+
+def split_texts(text: str) -> list[str]:
+    """Texts joined by ';', stripped, empties dropped."""
+    return [part.strip() for part in text.split(";") if part.strip()]
+
+
+def read_items_file(path: Path) -> list[str]:
+    """Texts of a file: one per line, or a JSON list.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unreadable, or no text in it.
+    """
+    try:
+        contents = path.read_text(encoding="utf-8")
+        items = json.loads(contents) if path.suffix.lower() == ".json" else contents.splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; expected one text per line, or JSON") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); expected UTF-8 text or JSON") from error
+    if not isinstance(items, list) or not all(isinstance(text, str) for text in items):
+        raise ValueError(f'{path}: expected a list of texts such as ["a runway", "parked planes"]')
+    texts = [text.strip() for text in items if text.strip()]
+    if not texts:
+        raise ValueError(f"{path}: holds no text; write one per line")
+    return texts
+
+
+def score_table(explanation: Explanation) -> Table:
+    """Scores of the items, for the terminal."""
+    maps, views = explanation.maps, explanation.source.views
+    table = Table(caption="peak: the most attended patch, as a multiple of an even spread")
+    table.add_column("", justify="right")
+    table.add_column("item", overflow="fold", ratio=1)
+    for name in ("TCSim", "nowhere", "peak"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if len(views) > 1:
+        table.add_column("most in", overflow="fold")
+    shares = explanation.share_of_views()
+    for k, text in enumerate(explanation.items):
+        numbers = [f"{maps.scores[k]:.3f}", f"{maps.nowhere[k]:.0%}", f"{maps.peaks[k]:.1f}×"]
+        row = [Text(str(k + 1)), Text(text), *map(Text, numbers)]
+        if len(views) > 1:
+            most = int(shares[k].argmax())
+            row.append(Text(f"{views[most].name} {shares[k][most]:.0%}"))
+        table.add_row(*row)
+    return table
