@@ -22,7 +22,10 @@ set_up() {
     }
     echo "environment: setting up $VENV (downloads PyTorch the first time, some minutes)"
     [[ -x "$VENV/bin/python" ]] || "$python" -m venv "$VENV"
+    # The pinned versions are those of Python 3.11 and later; 3.10 takes the newest that still support it.
+    local pins=()
+    "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && pins=(--constraint "$ROOT/constraints.txt")
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$ROOT/constraints.txt" --editable "$ROOT${extras:+[$extras]}" 2> >(grep -v '^WARNING: Location' >&2)
+        "${pins[@]}" --editable "$ROOT${extras:+[$extras]}" 2> >(grep -v '^WARNING: Location' >&2)
     echo "$recipe" >"$stamp"
 }
