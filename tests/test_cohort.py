@@ -276,6 +276,8 @@ def test_command_line(tmp_path, capsys):
     assert "is not empty; give a new folder" in capsys.readouterr().err
     assert main(["--root", str(tmp_path / "d"), "--num-train", "0"]) == 2
     assert capsys.readouterr().err == "error: --num-train is 0; expected at least 1\n"
+    assert main(["--root", str(tmp_path / "chest"), *arguments, "--parts", "ct_rate", "rad_chestct"]) == 0
+    assert sorted(path.name for path in (tmp_path / "chest").iterdir()) == ["ct_rate", "rad_chestct"]
     with pytest.raises(FileNotFoundError, match=r"findings\.json"):
         open_cohort(tmp_path)
     assert isinstance(open_cohort(tmp_path / "c" / "mri"), CohortFolder)

@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import json
 import sys
+import typing
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -347,6 +348,9 @@ def _write_labels(path: Path, id_column: str, classes: tuple[str, ...], rows: It
     write_label_csv(path, LabelTable(path, list(ids), classes, np.array(labels, dtype=np.int8)), id_column=id_column)
 
 
+Part = Literal["mri", "ct", "ct_rate", "pub_brain_5", "rsna_cq500", "rad_chestct"]
+
+
 def write_cohort(
     root: Path,
     num_train: int = 120,
@@ -355,8 +359,9 @@ def write_cohort(
     seed: int = 0,
     brain_size: Size = BRAIN_TEST_SIZE,
     chest_size: Size = CHEST_TEST_SIZE,
+    parts: tuple[Part, ...] = typing.get_args(Part),
 ) -> None:
-    """Write every part of the synthetic cohort.
+    """Write the synthetic cohort, or parts of it.
 
     Args:
         root: folder to write.
@@ -366,21 +371,28 @@ def write_cohort(
         seed: seed of everything.
         brain_size: voxels of an MRI or head CT series; multiples of the model's patch.
         chest_size: voxels of the chest CT model's input.
+        parts: which folders to write; default all.
     """
     for name, value in (("--num-train", num_train), ("--num-valid", num_valid), ("--num-test", num_test)):
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"{root}: is not empty; give a new folder (--root), so that no older studies are mixed in")
-    brains: tuple[tuple[str, Literal["mri", "head_ct"]], ...] = (("mri", "mri"), ("ct", "head_ct"))
-    for name, kind in brains:
-        write_studies(
-            root / name, kind=kind, num_train=num_train, num_valid=num_valid, seed=seed, size=brain_size
-        )
-    write_ct_rate(root / "ct_rate", num_train=num_train, num_valid=num_valid, seed=seed, size=chest_size)
-    write_pub_brain_5(root / "pub_brain_5", num_studies=num_test, seed=seed, size=brain_size)
-    write_head_ct_benchmarks(root, num_studies=num_test, seed=seed, size=brain_size)
-    write_rad_chestct(root / "rad_chestct", num_studies=num_test, seed=seed, size=chest_size)
+    counts = {"num_train": num_train, "num_valid": num_valid, "seed": seed}
+    writers: dict[Part, Callable[[], object]] = {
+        "mri": lambda: write_studies(root / "mri", kind="mri", size=brain_size, **counts),
+        "ct": lambda: write_studies(root / "ct", kind="head_ct", size=brain_size, **counts),
+        "ct_rate": lambda: write_ct_rate(root / "ct_rate", size=chest_size, **counts),
+        "pub_brain_5": lambda: write_pub_brain_5(
+            root / "pub_brain_5", num_studies=num_test, seed=seed, size=brain_size
+        ),
+        "rsna_cq500": lambda: write_head_ct_benchmarks(root, num_studies=num_test, seed=seed, size=brain_size),
+        "rad_chestct": lambda: write_rad_chestct(
+            root / "rad_chestct", num_studies=num_test, seed=seed, size=chest_size
+        ),
+    }
+    for part in parts:
+        writers[part]()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

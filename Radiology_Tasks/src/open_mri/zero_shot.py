@@ -637,6 +637,7 @@ def parse_and_evaluate(
     kind: type[ZeroShotOptions], argv: Sequence[str] | None, *, prog: str, description: str
 ) -> dict[str, float]:
     """Entry point of the scripts."""
-    options = tyro.cli(kind, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
     with reported_errors(prog):
-        return evaluate(options)
+        return evaluate(
+            tyro.cli(kind, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
+        )
