@@ -617,6 +617,7 @@ def test_proof_runs_at_its_quick_size(proof, domain, tmp_path, capsys):
     metrics, facts = report["metrics"], report["facts"]
     findings = sum(len(read_findings(tmp_path / "proof" / "cohort" / name)) for name in PROOF_SETS[domain])
     assert facts["num_findings"] == findings > 0
+    assert sum(one["num"] for one in facts["by_finding"].values()) == findings
     assert 0 <= metrics["attention/mask"] <= metrics["attention/within_one_patch"] <= metrics["attention/series"] <= 1
     for name in ("series", "mask", "within_one_patch"):
         assert 0 < metrics[f"attention/{name}/chance"] < 1
@@ -645,6 +646,7 @@ def test_landed_attention_counted_by_hand(proof):
         # A whole series; one patch; its 2 × 2 × 2 neighbourhood at the edge of the volume.
         assert landed.chances[-1] == (16 / 32, 1 / 32, 8 / 32)
     assert landed.metrics()["attention/within_one_patch"] == 0.5
+    assert len((landed + landed).hits) == 8
 
 
 def test_batches_hold_studies_of_one_number_of_series():

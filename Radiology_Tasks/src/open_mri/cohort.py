@@ -33,7 +33,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -378,7 +378,7 @@ def write_cohort(
             raise ValueError(f"{name} is {value}; expected at least 1")
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"{root}: is not empty; give a new folder (--root), so that no older studies are mixed in")
-    counts = {"num_train": num_train, "num_valid": num_valid, "seed": seed}
+    counts: dict[str, Any] = {"num_train": num_train, "num_valid": num_valid, "seed": seed}
     writers: dict[Part, Callable[[], object]] = {
         "mri": lambda: write_studies(root / "mri", kind="mri", size=brain_size, **counts),
         "ct": lambda: write_studies(root / "ct", kind="head_ct", size=brain_size, **counts),
