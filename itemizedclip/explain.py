@@ -12,6 +12,7 @@ Axes: K items of one input.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from itemizedclip.training.engine import reported_errors
 from itemizedclip.training.options import DistributedSettings, RunOptions, RunSettings
 from itemizedclip.viewer.explainer import Explainer
 from itemizedclip.viewer.files import ExplanationFiles, write_explanation
-from itemizedclip.viewer.inputs import open_input
+from itemizedclip.viewer.inputs import Explanation, open_input
 from itemizedclip.viewer.sets import open_explain_set
 
 logger = logging.getLogger(__name__)
@@ -142,9 +143,9 @@ def explain_one(options: ExplainOptions, loaded: LoadedModel, texts: list[str]) 
     items = items_to_ask(texts, options.input, source, remedy=remedy)
     for note in source.notes:
         logger.info(note)
+    folder = make_output_folder(options.output or folder_named_after(options.input, "explain"))
     explainer = Explainer(loaded, source, normalise_tokens=options.normalise_tokens)
     explanation = explainer.explain(items)
-    folder = options.output or Path(f"{options.input.resolve().name.partition('.')[0]}.explain")
     facts = {
         "checkpoint": str(options.checkpoint),
         "checkpoint_sha256": file_sha256(options.checkpoint),
@@ -152,18 +153,44 @@ def explain_one(options: ExplainOptions, loaded: LoadedModel, texts: list[str]) 
         "normalise_tokens": options.normalise_tokens,
         "cut_items": [text for text, cut in zip(items, explainer.cut_items(items)) if cut],
     }
-    written = write_explanation(
-        explanation, folder, options.files, facts, with_images=not is_nifti_name(options.input.name)
-    )
+    written = write_with_progress(explanation, folder, options.files, facts, options.input)
     Console().print(score_table(explanation))
     if facts["cut_items"]:
         print(f"Longer than the text tower reads, or just as long: {'; '.join(facts['cut_items'])}")
     print_written(folder, written)
 
 
-def is_nifti_name(name: str) -> bool:
-    """Whether a file needs no copy of itself as NIfTI beside its attention volumes."""
-    return name.lower().endswith((".nii", ".nii.gz"))
+def folder_named_after(source: Path, suffix: str) -> Path:
+    """NAME.suffix in the current folder, NAME being the input's without what tells its format."""
+    path = source.expanduser().resolve()
+    name = path.name if path.is_dir() else path.name.removesuffix(".gz").rpartition(".")[0]
+    return Path(f"{name or path.name or 'input'}.{suffix}")
+
+
+def make_output_folder(folder: Path) -> Path:
+    """Before anything is computed: the folder of the results.
+
+    Raises:
+        ValueError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder}: cannot write there ({error.strerror}); give another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output {folder}: cannot write there; give another folder")
+    return folder
+
+
+def write_with_progress(
+    explanation: Explanation, folder: Path, settings: ExplanationFiles, facts: dict[str, Any], source: Path
+) -> list[Path]:
+    """`write_explanation` under a progress bar; a NIfTI file needs no copy of itself beside its volumes."""
+    is_nifti = source.name.lower().endswith((".nii", ".nii.gz"))
+    with progress_bar("Writing volumes", enabled=True) as advance:
+        return write_explanation(
+            explanation, folder, settings, facts, with_images=not is_nifti, on_progress=advance
+        )
 
 
 def print_written(folder: Path, written: Sequence[Path]) -> None:
@@ -198,6 +225,7 @@ def measure(options: ExplainOptions, loaded: LoadedModel, ranks: Ranks) -> dict[
             "without_items": dataset.without_items,
         }
         name = f"{over.folder.resolve().name}, {len(dataset)} inputs"
+    on_main(lambda: str(make_output_folder(output_of_set(options))))
     is_study = loaded.config["vision_cfg"].get("tower", "vit") != "vit"
     with progress_bar("Explaining", enabled=ranks.is_main) as advance:
         evaluator = ExplainEvaluator(
@@ -229,6 +257,11 @@ def _scenes(over: SetSettings, loaded: LoadedModel) -> tuple[ScenesDataset, dict
     return dataset, {"level": over.scenes, "seed": over.seed}
 
 
+def output_of_set(options: ExplainOptions) -> Path:
+    """Where the results of a set go."""
+    return options.output or options.checkpoint.with_suffix(".explain")
+
+
 def patch_of(config: dict[str, Any]) -> tuple[int, ...]:
     """Pixels or voxels of a patch along each axis."""
     size = config["vision_cfg"]["patch_size"]
@@ -236,9 +269,8 @@ def patch_of(config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _report(options: ExplainOptions, name: str, metrics: dict[str, float], facts: dict[str, Any]) -> None:
-    folder = options.output or options.checkpoint.with_suffix(".explain")
     facts = facts | {"checkpoint_sha256": file_sha256(options.checkpoint), "tolerance_patches": options.over.tolerance}
-    path = folder / "results.json"
+    path = output_of_set(options) / "results.json"
     write_results(path, EvaluationReport(name, "corrected", str(options.checkpoint), metrics, facts))
     console = Console()
     console.print(metrics_table(name, metrics))

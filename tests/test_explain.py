@@ -410,6 +410,13 @@ def test_one_message_for_what_is_wrong(scenes_checkpoint, study_checkpoint, tmp_
     assert "expected bool masks" in fails(capsys, *base, *folder, "--masks", tmp_path / "set" / "masks")
 
 
+def test_results_are_named_after_the_input(tmp_path):
+    (tmp_path / "1.2.840.113").mkdir()
+    named = {"1.2.840.113": "1.2.840.113", "a.b.nii.gz": "a.b", "scan.pt": "scan", "IM0001": "IM0001"}
+    for source, name in named.items():
+        assert explain.folder_named_after(tmp_path / source, "explain") == Path(f"{name}.explain")
+
+
 def test_masks_of_a_series_that_is_not_there(study_checkpoint, tmp_path, capsys):
     write_studies(tmp_path, kind="mri", num_train=1, num_valid=1, seed=5)
     study = next((tmp_path / "train").iterdir()).name

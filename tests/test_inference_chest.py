@@ -150,6 +150,8 @@ def test_one_message_for_what_is_wrong(checkpoint, scan, tmp_path, capsys):
     assert "--input-info" in fails(capsys, str(scan), *resume, "--input-info", "350", "-1150", "crop")
     assert "holds no text" in fails(capsys, str(scan), *resume, "--findings", " ; ")
     assert "no such file" in fails(capsys, str(scan), *resume, "--findings-file", str(tmp_path / "none.txt"))
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot write there" in fails(capsys, str(scan), *resume, "--output", str(tmp_path / "file" / "out"))
     (tmp_path / "scan.nii.gz").write_bytes(b"not gzip")
     assert "not a readable NIfTI file" in fails(capsys, str(tmp_path / "scan.nii.gz"), *resume)
     shifted = write_nifti(tmp_path / "shifted.nii.gz", phantom() - 1024, AFFINE)

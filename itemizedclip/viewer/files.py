@@ -6,7 +6,7 @@ Axes: T items, H heads, S series, H0 W0 pixels of a photograph.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +64,7 @@ def write_explanation(
     facts: Mapping[str, Any],
     *,
     with_images: bool = True,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Write pictures, volumes and explanation.json into a folder; returns all paths, the JSON last.
 
@@ -73,6 +74,7 @@ def write_explanation(
         settings: what to write.
         facts: plain data for the JSON, such as the checkpoint's name.
         with_images: also write the series of a study as NIfTI, for inputs that are no NIfTI files themselves.
+        on_progress: called with (done, to do) while volumes are written.
     """
     if len(explanation.maps.grid) == 2:
         written = _write_pictures(explanation, folder, settings)
@@ -80,7 +82,9 @@ def write_explanation(
         written = _write_montages(explanation, folder, settings)
         if settings.nifti:
             volumes = folder / "volumes"
-            written += write_attention_volumes(explanation, volumes, mode=settings.upsampling, per_head=settings.heads)
+            written += write_attention_volumes(
+                explanation, volumes, mode=settings.upsampling, per_head=settings.heads, on_progress=on_progress
+            )
             if with_images:
                 written += _write_images(explanation, volumes)
     path = folder / "explanation.json"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -292,7 +292,12 @@ def write_volume(values: np.ndarray, view: InputView, path: Path) -> Path:
 
 
 def write_attention_volumes(
-    explanation: Explanation, folder: Path, *, mode: Upsampling = "smooth", per_head: bool = False
+    explanation: Explanation,
+    folder: Path,
+    *,
+    mode: Upsampling = "smooth",
+    per_head: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """One NIfTI per item and series, in multiples of an even spread over the whole study: ITEM__SERIES.nii.gz.
 
@@ -301,6 +306,7 @@ def write_attention_volumes(
         folder: where they go.
         mode: see `map_to_input`.
         per_head: also one per attention head, …_headN.nii.gz.
+        on_progress: called after each item and series with (done, to do): a whole chest takes seconds.
 
     Raises:
         ValueError: a photograph.
@@ -321,6 +327,8 @@ def write_attention_volumes(
                 write_volume(volume_of_map(grid_map, view, mode), view, folder / f"{name}.nii.gz")
                 for name, grid_map in volumes
             ]
+            if on_progress is not None:
+                on_progress(k * len(views) + s + 1, len(explanation.items) * len(views))
     return written
 
 

@@ -24,7 +24,7 @@ from open_mri.inputs import body_of, open_input
 from rich.console import Console
 
 from itemizedclip.evaluation.report import file_sha256
-from itemizedclip.explain import is_nifti_name, print_written
+from itemizedclip.explain import folder_named_after, make_output_folder, print_written, write_with_progress
 from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.questions import check_texts_flags, read_items_file, score_table, split_texts
 from itemizedclip.training.distributed import choose_device
@@ -32,7 +32,7 @@ from itemizedclip.training.engine import reported_errors
 from itemizedclip.training.options import check_device_name
 from itemizedclip.training.tracking import logging_to_console
 from itemizedclip.viewer.explainer import Explainer
-from itemizedclip.viewer.files import ExplanationFiles, write_explanation
+from itemizedclip.viewer.files import ExplanationFiles
 from itemizedclip.viewer.inputs import Explanation
 from open_ct_rate.data_chest_ct import ChestSettings, DoubleRescale, parse_input_info
 from open_ct_rate.labels import CHEST_CLASSES, chest_prompt
@@ -131,10 +131,10 @@ def run(options: InferenceOptions) -> Explanation:
     source = open_input(options.scan, loaded, chest)
     for note in source.notes:
         logger.info(note)
+    folder = make_output_folder(options.output or folder_named_after(options.scan, "findings"))
     prompts = [prompt_of(name) for name in names]
     explanation = Explainer(loaded, source, normalise_tokens=True).explain(prompts)
     shown = replace(explanation, items=names)
-    folder = options.output or Path(f"{options.scan.resolve().name.partition('.')[0]}.findings")
     facts = {
         "checkpoint": str(options.resume),
         "checkpoint_sha256": file_sha256(options.resume),
@@ -145,7 +145,7 @@ def run(options: InferenceOptions) -> Explanation:
         "fit": chest.fit,
         "score": "TCSim, a cosine between -1 and 1; no probability: compare a finding's score with that of other scans",
     }
-    written = write_explanation(shown, folder, options.files, facts, with_images=not is_nifti_name(options.scan.name))
+    written = write_with_progress(shown, folder, options.files, facts, options.scan)
     Console().print(score_table(shown))
     print("A score is no probability: compare it with the same finding's in other scans. For research only.")
     print_written(folder, written)
