@@ -215,8 +215,9 @@ def test_a_rest_that_patches_do_not_cover_is_not_shown_as_seen():
     loaded = LoadedModel(create_model(config).eval(), config, create_tokenizer(config))
     viewer = Viewer(loaded, PictureSettings())
     picture = Picture(0, "a.png", Image.new("RGB", (36, 36)), ["a lake"])
-    maps = viewer.maps(picture)
-    shown = map_to_input(maps.times_uniform(), viewer.geometry(picture, maps))[0]
+    explanation = viewer.explain(picture)
+    maps = explanation.maps
+    shown = map_to_input(explanation.times_uniform(0), explanation.source.views[0].geometry)[0]
     assert maps.grid == (4, 4)
     assert np.isfinite(shown[:32, :32]).all()
     assert np.isnan(shown[32:]).all()

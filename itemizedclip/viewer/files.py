@@ -77,7 +77,8 @@ def write_explanation(
         on_progress: called with (done, to do) while volumes are written.
     """
     if len(explanation.maps.grid) == 2:
-        written = _write_pictures(explanation, folder, settings)
+        path = folder / f"attention.{settings.format}"
+        written = write_pictures(explanation, path, upsampling=settings.upsampling, heads=settings.heads)
     else:
         written = _write_montages(explanation, folder, settings)
         if settings.nifti:
@@ -94,31 +95,32 @@ def write_explanation(
     return [*written, path]
 
 
-def _write_pictures(explanation: Explanation, folder: Path, settings: ExplanationFiles) -> list[Path]:
+def write_pictures(explanation: Explanation, path: Path, *, upsampling: Upsampling, heads: bool = False) -> list[Path]:
+    """The figures of a photograph: `path`, and with `heads` one of every attention head beside it, NAME_heads."""
     view, maps = explanation.source.views[0], explanation.maps
     figure = attention_figure(
         view.values,
         explanation.items,
-        map_to_input(maps.times_uniform(), view.geometry, settings.upsampling),
+        map_to_input(maps.times_uniform(), view.geometry, upsampling),
         maps.scores.tolist(),
         nowhere=maps.nowhere.tolist(),
         peaks=maps.peaks.tolist(),
         title=explanation.source.name,
     )
-    written = [save_figure(figure, folder / f"attention.{settings.format}")]
-    if settings.heads:
+    written = [save_figure(figure, path)]
+    if heads:
         image = Image.fromarray(view.values)
         image.thumbnail((_HEAD_IMAGE_PIXELS, _HEAD_IMAGE_PIXELS))
         geometry = view.geometry.of_resized_input((image.height, image.width))
         figure = head_figure(
             image,
             explanation.items,
-            map_to_input(maps.times_uniform(per_head=True), geometry, settings.upsampling),
+            map_to_input(maps.times_uniform(per_head=True), geometry, upsampling),
             maps.scores.tolist(),
             nowhere=maps.head_nowhere.numpy(),
             title=explanation.source.name,
         )
-        written.append(save_figure(figure, folder / f"attention_heads.{settings.format}"))
+        written.append(save_figure(figure, path.with_stem(f"{path.stem}_heads")))
     return written
 
 

@@ -22,19 +22,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from itemizedclip.data.batch import BadSampleError, ItemCollator, ItemSample
-from itemizedclip.models.factory import CheckpointError, LoadedModel, create_transform, load_pretrained
+from itemizedclip.data.batch import BadSampleError
+from itemizedclip.models.factory import CheckpointError, LoadedModel, load_pretrained
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.tokenizers import ClipTokenizer
 from itemizedclip.training.distributed import choose_device
 from itemizedclip.training.options import check_device_name
-from itemizedclip.viewer.figures import attention_figure, head_figure, save_figure
-from itemizedclip.viewer.maps import Geometry, ItemMaps, Upsampling, geometry_of_transform, item_maps, map_to_input
+from itemizedclip.viewer.files import write_pictures
+from itemizedclip.viewer.inputs import Explanation, explain_input, photograph_input
+from itemizedclip.viewer.maps import ItemMaps, Upsampling
 
 DEFAULT_OUTPUT = Path(__file__).parent / "visualizations"
-
-_HEAD_IMAGE_PIXELS = 640
-"""Longest side of the image in a figure of all heads, whose panels are small and many."""
 
 # --- options ---------------------------------------------------------------------------------------------------------
 
@@ -195,13 +193,11 @@ class Viewer:
     def __init__(self, loaded: LoadedModel, settings: PictureSettings) -> None:
         self._loaded = loaded
         self._settings = settings
-        self._transform = create_transform(loaded.config, is_train=False)
-        self._collator = ItemCollator(loaded.tokenizer)
 
-    def maps(self, picture: Picture) -> ItemMaps:
-        """Attention maps and scores of the picture's items."""
-        sample = ItemSample(picture.filename, self._transform(picture.image), picture.items)
-        return item_maps(self._loaded.model, self._collator([sample]))[0]
+    def explain(self, picture: Picture) -> Explanation:
+        """Where the picture's items look."""
+        source = photograph_input(picture.filename, picture.image, self._loaded)
+        return explain_input(self._loaded, source, picture.items)
 
     def cut_items(self, picture: Picture) -> list[int]:
         """Items that fill the text tower's whole context, so that their end may be cut off; counted from 1."""
@@ -210,43 +206,10 @@ class Viewer:
             return []
         return [k + 1 for k, cut in enumerate(tokenizer.is_truncated(tokenizer(picture.items))) if cut]
 
-    def write(self, picture: Picture, maps: ItemMaps) -> list[Path]:
+    def write(self, picture: Picture, explanation: Explanation) -> list[Path]:
         """Write the picture's figures."""
         path = self._settings.output / f"{picture.file_stem}.{self._settings.format}"
-        figure = attention_figure(
-            picture.image,
-            picture.items,
-            map_to_input(maps.times_uniform(), self.geometry(picture, maps), self._settings.upsampling),
-            maps.scores.tolist(),
-            nowhere=maps.nowhere.tolist(),
-            peaks=maps.peaks.tolist(),
-            title=picture.filename,
-        )
-        written = [save_figure(figure, path)]
-        if self._settings.heads:
-            written.append(self._write_heads(picture, maps, path.with_stem(f"{path.stem}_heads")))
-        return written
-
-    def _write_heads(self, picture: Picture, maps: ItemMaps, path: Path) -> Path:
-        image = picture.image.copy()
-        image.thumbnail((_HEAD_IMAGE_PIXELS, _HEAD_IMAGE_PIXELS))
-        geometry = self.geometry(picture, maps).of_resized_input((image.height, image.width))
-        figure = head_figure(
-            image,
-            picture.items,
-            map_to_input(maps.times_uniform(per_head=True), geometry, self._settings.upsampling),
-            maps.scores.tolist(),
-            nowhere=maps.head_nowhere.numpy(),
-            title=picture.filename,
-        )
-        return save_figure(figure, path)
-
-    def geometry(self, picture: Picture, maps: ItemMaps) -> Geometry:
-        """The way from the picture's pixels to the patches."""
-        geometry = geometry_of_transform(self._transform, (picture.image.height, picture.image.width))
-        patch = self._loaded.config["vision_cfg"]["patch_size"]
-        # What is left over at the right and the bottom when patches do not divide the view is not seen.
-        return geometry.crop((0, 0), [cells * patch for cells in maps.grid])
+        return write_pictures(explanation, path, upsampling=self._settings.upsampling, heads=self._settings.heads)
 
 
 def load_viewer(model: ModelSettings, pictures: PictureSettings) -> Viewer:
@@ -294,9 +257,9 @@ def visualize(options: VisualizeOptions, open_source: Callable[[], PictureSource
     with _reported(prog, BadSampleError, OSError), _progress_bar() as progress:
         for number in progress.track(numbers, description="Drawing"):
             picture = source.picture(number)
-            maps = viewer.maps(picture)
-            written += viewer.write(picture, maps)
-            _add_scores(table, picture, maps)
+            explanation = viewer.explain(picture)
+            written += viewer.write(picture, explanation)
+            _add_scores(table, picture, explanation.maps)
             cut += [f"item {k} of image {number}" for k in viewer.cut_items(picture)]
     Console().print(table)
     if cut:
