@@ -20,16 +20,18 @@ import torch.nn.functional as F
 from open_mri import zero_shot
 from open_mri.cohort import write_head_ct_benchmarks, write_pub_brain_5, write_studies
 from open_mri.series_names import encode_series_names
+from open_mri.text_tower import bert_config_of, load_bert_tokenizer
 from open_mri.training import build_model
 from open_mri.zero_shot import plan_batches
 from open_mri_test import zero_shot_cq500, zero_shot_pub_brain_5, zero_shot_rsna
+from open_mri_test.pub_brain_5 import open_pub_brain_5
 from open_mri_test.zero_shot_pub_brain_5 import task_measures
 from open_mri_train import main as training
 from open_mri_train.data import find_study_files
 from open_mri_train.recipes import RECIPES, StudyRun
 from sklearn.metrics import f1_score, roc_auc_score
 
-from itemizedclip.models.factory import load_pretrained
+from itemizedclip.models.factory import load_model_config, load_pretrained
 from itemizedclip.training.options import parse_run
 
 ROOT = Path(__file__).parents[1]
@@ -601,7 +603,11 @@ def test_wrong_evaluation_flags_give_one_message(cohort, trained, tmp_path, caps
 
 @pytest.fixture(scope="module")
 def proof() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mri_cohort", ROOT / "benchmarks" / "mri_cohort.py")
+    return benchmark_program("mri_cohort")
+
+
+def benchmark_program(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -647,6 +653,21 @@ def test_landed_attention_counted_by_hand(proof):
         assert landed.chances[-1] == (16 / 32, 1 / 32, 8 / 32)
     assert landed.metrics()["attention/within_one_patch"] == 0.5
     assert len((landed + landed).hits) == 8
+
+
+def test_full_size_benchmark_prepares_whole_studies_and_the_published_text_tower(tmp_path, monkeypatch):
+    full_size = benchmark_program("full_size_step")
+    monkeypatch.setattr(full_size, "BRAIN_SIZE", SIZE)
+    flags = full_size.write_brain(tmp_path, 1)
+    assert find_study_files(flags[1], flags[3]).train_json.is_file()
+    benchmark = open_pub_brain_5(tmp_path / "zero_shot" / "pub_brain_5.csv", tmp_path / "zero_shot")
+    assert [len(study.series) for study in benchmark.studies] == [10, 10]
+    assert benchmark.load(0, size=SIZE).image.shape == (10, 1, *SIZE)
+    domain = full_size.DOMAINS["mri"]
+    assert domain.model == RECIPES[domain.recipe]().model.model
+    bert = full_size.write_bert(tmp_path / "bert", domain.model)
+    assert bert_config_of(bert) == load_model_config(domain.model)["text_cfg"]["hf_config"]
+    assert load_bert_tokenizer(bert, 256)(["Acute stroke."]).shape == (1, 256)
 
 
 def test_batches_hold_studies_of_one_number_of_series():
