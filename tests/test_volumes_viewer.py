@@ -182,6 +182,35 @@ def test_chest_tensor_is_what_the_evaluation_reads(tmp_path, shape, fit):
     assert (np.abs(np.array(peak_of(values)) - at) <= np.array(CHEST_PATCH) / view.geometry.scale).all()
 
 
+@pytest.mark.parametrize("mode", ["nearest", "smooth"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("AX_T1/img.pt", (16, 64, 64)),
+        ("AX_T1/img.pt", (16, 73, 73)),  # with the margin that is cropped away, as 256 for 224
+        ("scan-T1.pt", (24, 80, 61)),  # padded to a square, resized, cropped
+        ("scan-T1.pt", (9, 55, 90)),
+    ],
+)
+def test_brain_tensors_of_any_size(tmp_path, name, shape, mode):
+    """The planted spot comes back within a patch; crop and resampling as the loaders' own voxel maps say."""
+    affine = affine_of("SPL", (64 / shape[0], 64 / shape[1], 64 / shape[2]), shape)
+    grey = brain_phantom(world_of(shape, affine), SPOT, radius=7) // 5
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    torch.save(torch.from_numpy(grey).to(torch.uint8), tmp_path / name)
+    opened = open_input(tmp_path / name, BRAIN)
+    view, image = opened.views[0], opened.image[0]
+    np.testing.assert_array_equal(view.values, grey)
+    at = (np.linalg.inv(affine) @ np.append(SPOT, 1))[:3]
+    back = peak_of(map_to_input(token_map(image, BRAIN_PATCH), view.geometry, mode))
+    assert (np.abs(np.array(back) - at) <= np.array(BRAIN_PATCH) / view.geometry.scale).all()
+    prepare = "crop" if name.endswith("img.pt") else "resample"
+    voxel_map = load_study("x", [SeriesFile("T1", tmp_path / name)], size=(16, 64, 64), prepare=prepare).voxel_maps[0]
+    for voxel in ((0, 0, 0), (3, 20, 41), (15, 63, 63)):
+        edge = view.geometry.to_input([x + 0.5 for x in voxel])
+        np.testing.assert_allclose([x - 0.5 for x in edge], voxel_map.to_input(voxel), atol=1e-9)
+
+
 def test_geometry_agrees_with_the_converters_resampling():
     """A ramp over the rows of a scan, resampled: its values say where each voxel of the model's view comes from."""
     shape, spacing = (101, 120, 30), (0.8, 0.7, 2.5)

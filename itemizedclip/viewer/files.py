@@ -91,7 +91,7 @@ def write_explanation(
     path = folder / "explanation.json"
     content = describe(explanation) | dict(facts) | {"files": [str(p.relative_to(folder)) for p in written]}
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
     return [*written, path]
 
 
