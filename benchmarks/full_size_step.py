@@ -118,10 +118,14 @@ DOMAINS: Mapping[str, Domain] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One program: wall time, and the largest memory it held on the CPU."""
+    """One program: wall time, processor time, and the largest memory it held on the CPU."""
 
     seconds: float
+    processor_s: float
     peak_gb: float
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.0f} s ({self.processor_s:.0f} s of processor), {self.peak_gb:.1f} GB"
 
 
 def run(command: Sequence[str]) -> Measured:
@@ -136,7 +140,7 @@ def run(command: Sequence[str]) -> Measured:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(process.returncode)
-    return Measured(perf_counter() - started, usage.ru_maxrss * 1024 / 1e9)
+    return Measured(perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
 
 
 def write_bert(folder: Path, model: str) -> Path:
@@ -169,10 +173,8 @@ def measure(options: Options) -> dict[str, str]:
     return {
         f"training step, {options.studies} × {domain.study}": f"{step['step_s']:.0f} s",
         "its loss": f"{step['loss']:.3f}",
-        "training program, peak memory": f"{trained.peak_gb:.1f} GB",
-        "training program, start to end": f"{trained.seconds:.0f} s",
-        f"zero-shot program, 2 × {domain.study}": f"{scored.seconds:.0f} s",
-        "zero-shot program, peak memory": f"{scored.peak_gb:.1f} GB",
+        "training program, start to end, peak memory": str(trained),
+        f"zero-shot program, 2 × {domain.study}, peak memory": str(scored),
     }
 
 
@@ -182,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with reported_errors("full_size_step.py"):
         if options.output.exists() and any(options.output.iterdir()):
             raise FileExistsError(errno.EEXIST, "is not empty; give a new folder with --output", str(options.output))
-        heading = f"{DOMAINS[options.domain].model}, {options.threads} threads"
+        heading = f"{DOMAINS[options.domain].model}, {options.threads} thread(s)"
         table = Table(title=heading, title_justify="left", show_header=False)
         for name, value in measure(options).items():
             table.add_row(name, value)

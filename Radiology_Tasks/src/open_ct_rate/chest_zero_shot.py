@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -43,9 +42,6 @@ _HEADINGS = {"accuracy": "acc", "balanced_accuracy": "b.acc", "f1": "F1", "recal
 @dataclass(frozen=True, kw_only=True)
 class ChestZeroShotOptions(ZeroShotOptions):
     """What the two evaluations are asked for."""
-
-    labels: Annotated[Path | None, tyro.conf.arg(aliases=("--input-filename", "--zeroshot-ct-rate"))] = None
-    """CSV of labels; default: the usual names in --data-root and the folder above (see the script's first lines)."""
 
     model: str = RELEASED_MODEL
     """Config of a released checkpoint; checkpoints of runs carry their own."""

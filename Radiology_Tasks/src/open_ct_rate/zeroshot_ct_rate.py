@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
+import tyro
 from open_mri.benchmark import Benchmark
 from open_mri.zero_shot import Measures, find_labels, parse_and_evaluate
 
@@ -32,6 +34,9 @@ PUBLISHED_GRID_SIZE = 1000
 @dataclass(frozen=True, kw_only=True)
 class CtRateOptions(ChestZeroShotOptions):
     """Zero-shot detection on CT-RATE."""
+
+    labels: Annotated[Path | None, tyro.conf.arg(aliases=("--input-filename", "--zeroshot-ct-rate"))] = None
+    """CSV of labels; default: valid_predicted_labels.csv or valid_labels.csv in --data-root or the folder above."""
 
     family: ClassVar[str] = "ct_rate"
 

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
+import tyro
 from open_mri.benchmark import Benchmark
 from open_mri.zero_shot import Measures, find_labels, parse_and_evaluate
 
@@ -34,6 +36,9 @@ PUBLISHED_GRID_SIZE = 4000
 @dataclass(frozen=True, kw_only=True)
 class RadChestCtOptions(ChestZeroShotOptions):
     """Zero-shot detection on Rad-ChestCT."""
+
+    labels: Annotated[Path | None, tyro.conf.arg(aliases=("--input-filename",))] = None
+    """CSV of labels; default: rad_chestct_labels.csv in --data-root or the folder above."""
 
     family: ClassVar[str] = "rad_chestct"
 
