@@ -158,6 +158,19 @@ def test_pictures_are_exact_unless_they_are_huge():
     assert packed["type"] == "image/jpeg"
     picture = Image.open(io.BytesIO(base64.b64decode(page.scripts[packed["block"]])))
     assert np.abs(np.asarray(picture)[:, ::100].astype(int) - huge[:, ::100]).max() < 12
+    assert page.report["notes"][-2:] == ["a note of the model", "h: stored as JPEG, its colours are not exact"]
+
+
+def test_pictures_no_browser_would_draw_are_shown_smaller():
+    long = np.zeros((40, 20_000, 3), dtype=np.uint8)
+    geometry = Geometry.of_input((40, 20_000)).crop((0, 12_000), (40, 40))
+    source = ModelInput("strip", torch.zeros(3, 40, 40), [InputView("strip", long, "rgb", geometry)])
+    page = page_of(Explanation(source, ["x"], planted_maps((4, 4), [(0, 1)])))
+    view = page.report["views"][0]
+    assert view["size"] == [1, 16, 8192]
+    # What the model saw begins at 60 % of the width, still.
+    assert view["offset"][2] / view["scale"][2] / 8192 == pytest.approx(0.6)
+    assert "20000×40 pixels, shown at 8192×16" in page.report["notes"][-1]
 
 
 def test_geometry_spacing_and_directions_are_told():

@@ -17,7 +17,7 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -34,6 +34,9 @@ SCRIPTS = ("data.js", "planes.js", "paint.js", "app.js")
 
 MOST_LOSSLESS_PIXELS = 4_000_000
 """Larger photographs are stored as JPEG of quality 95, about a fifth of the size."""
+
+LONGEST_SIDE = 8192
+"""Larger photographs are shown at this size: browsers refuse to draw pictures beyond some 16,000 pixels."""
 
 _MANTISSA_BITS = 12
 """Attention is kept to this many binary digits (1 in 8,000), which halves its size."""
@@ -79,7 +82,12 @@ def report_html(
     items = described_items(explanation, cut_items)
     blocks["maps"] = items["maps"].pop("data")
     items["maps"]["block"] = "maps"
-    views = [_described_view(view, f"view-{number}", blocks) for number, view in enumerate(source.views)]
+    notes = [*source.notes, *provenance.notes]
+    views = []
+    for number, view in enumerate(source.views):
+        fitting, reason = _fitting_picture(view)
+        notes += [reason] if reason else []
+        views.append(_described_view(fitting, f"view-{number}", blocks))
     contents = {
         "ask": ask,
         "grid": [1] * (4 - len(explanation.maps.grid)) + list(explanation.maps.grid),
@@ -94,7 +102,7 @@ def report_html(
             ("SHA-256", provenance.sha256),
             *provenance.facts,
         ],
-        "notes": [*source.notes, *provenance.notes],
+        "notes": notes,
         **items,
     }
     return _filled_page(source.name, provenance, contents, blocks, may_ask=ask is not None)
@@ -175,6 +183,22 @@ def _described_view(view: InputView, block: str, blocks: dict[str, str]) -> dict
         "viewSize": [1] * lacking + list(geometry.view_size),
         "values": {**packed, "block": block},
     }
+
+
+def _fitting_picture(view: InputView) -> tuple[InputView, str]:
+    """A photograph as large as browsers draw it, and what was done to it; other views as they are."""
+    if view.unit != "rgb":
+        return view, ""
+    height, width = view.values.shape[:2]
+    if max(height, width) > LONGEST_SIDE:
+        picture = Image.fromarray(view.values)
+        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        geometry = view.geometry.of_resized_input((picture.height, picture.width))
+        smaller = replace(view, values=np.asarray(picture), geometry=geometry)
+        return smaller, f"{view.name}: {width}×{height} pixels, shown at {picture.width}×{picture.height}, as JPEG"
+    if height * width > MOST_LOSSLESS_PIXELS:
+        return view, f"{view.name}: stored as JPEG, its colours are not exact"
+    return view, ""
 
 
 def _packed_picture(values: np.ndarray) -> dict[str, Any]:

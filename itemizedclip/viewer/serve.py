@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_allowed(self, path: str) -> bool:
         """Whether a request names this machine and the right address; answers it otherwise."""
-        if self.headers.get("Host") not in self._own("{}:{}"):
+        if self.headers.get("Host") not in self._own(""):
             self._refuse(HTTPStatus.FORBIDDEN, "this server answers its own machine only")
             return False
         # Compared in constant time, as bytes: an address may hold anything.
@@ -165,13 +165,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_from_the_page(self) -> bool:
         is_json = self.headers.get_content_type() == "application/json"
-        if not is_json or self.headers.get("Origin") not in (None, *self._own("http://{}:{}")):
+        if not is_json or self.headers.get("Origin") not in (None, *self._own("http://")):
             self._refuse(HTTPStatus.FORBIDDEN, "questions come as JSON from the page itself")
             return False
         return True
 
-    def _own(self, pattern: str) -> list[str]:
-        return [pattern.format(host, self.server.server_port) for host in _HOSTS]
+    def _own(self, scheme: str) -> list[str]:
+        port = self.server.server_port
+        # Browsers leave out the port that is usual.
+        return [f"{scheme}{host}" if port == 80 else f"{scheme}{host}:{port}" for host in _HOSTS]
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
         self._send(status, "application/json", json.dumps({"error": reason}).encode("utf-8"))

@@ -554,7 +554,9 @@ function listenToQuestions() {
 // --- start --------------------------------------------------------------------------------------------------------
 
 async function start() {
-  if (typeof DecompressionStream === "undefined") throw new Error("This browser is too old for the report; use one from 2023 or later.");
+  if (typeof DecompressionStream === "undefined" || !CSS.supports("color", "light-dark(#fff, #000)")) {
+    throw new Error("This browser is too old for the report; use one from the middle of 2024 or later.");
+  }
   showFacts();
   listenToControls();
   listenToQuestions();
