@@ -207,7 +207,15 @@ def open_evaluators(options: ChestRun, root: Path, chest: ChestInput, tokenizer:
         labelled = on_main(lambda: open_labelled(options, root, labels, chest))
         classes = ClassPrompts(labelled.benchmark.classes, [[prompt] for prompt in labelled.benchmark.prompts])
         evaluators.append(
-            MultiLabelEvaluator(labelled, tokenizer, classes, labelled.labels_NC, name="ct_rate", encoding=encoding)
+            MultiLabelEvaluator(
+                labelled,
+                tokenizer,
+                classes,
+                labelled.labels_NC,
+                name="ct_rate",
+                scorings=(options.objective.scoring,),
+                encoding=encoding,
+            )
         )
     items_json = options.data.valid_items
     if items_json is not None:
