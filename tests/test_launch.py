@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def test_one_process_without_a_gpu(project):
 def test_torchrun_with_a_process_per_gpu(project, variables, processes):
     write_program(project / "bin" / "nvidia-smi", "#!/usr/bin/env bash\necho 'GPU 0: one'\necho 'GPU 1: two'\n")
     found = arguments(project, **variables)
-    assert found[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    assert found[:5] == ["-m", "itemizedclip.training.torchrun", "--standalone", "--nproc_per_node", str(processes)]
     # Without the "--" torchrun would read --logs as its own flag.
     assert found[5:7] == ["--", str(project / "worker.py")]
 
@@ -152,7 +153,7 @@ def test_help_needs_no_processes(project):
 def test_several_nodes_meet_at_the_first(project):
     nodes = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "node7", "MASTER_PORT": "29444", "GPUS": "8"}
     assert arguments(project, **nodes)[:13] == [
-        "-m", "torch.distributed.run", "--nnodes", "3", "--node_rank", "2", "--nproc_per_node", "8",
+        "-m", "itemizedclip.training.torchrun", "--nnodes", "3", "--node_rank", "2", "--nproc_per_node", "8",
         "--master_addr", "node7", "--master_port", "29444", "--",
     ]  # fmt: skip
     for name in ("NODE_RANK", "MASTER_ADDR"):
@@ -165,6 +166,17 @@ def test_a_number_of_processes_that_is_none(project):
     done = run_toy(project, GPUS="two")
     assert done.returncode == 2
     assert done.stderr == "GPUS is 'two'; expected a number of processes\n"
+
+
+def test_a_failing_process_leaves_its_message_last_but_one(project):
+    """torchrun's own end is a trace of forty lines, under which the message is lost."""
+    (project / "worker.py").write_text("import sys\nprint('worker: no such folder', file=sys.stderr)\nsys.exit(3)")
+    done = run_toy(project, GPUS="2")
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert "worker: no such folder" in lines
+    assert re.fullmatch(r"the process of rank [01] ended with exit status 3; its message stands above", lines[-1])
 
 
 # --- Slurm -----------------------------------------------------------------------------------------------------------
