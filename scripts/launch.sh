@@ -60,8 +60,8 @@ launch() {
         exec "$PYTHON" "$@"
     elif (( ${NNODES:-1} > 1 )); then
         exec "$PYTHON" -m itemizedclip.training.torchrun --nnodes "$NNODES" \
-            --node_rank "${NODE_RANK:?set by slurm/train.sbatch}" --nproc_per_node "$processes" --master_addr "${MASTER_ADDR:?set by slurm/train.sbatch}" \
-            --master_port "${MASTER_PORT:-29500}" -- "$@"
+            --node_rank "${NODE_RANK:?set by slurm/train.sbatch}" --nproc_per_node "$processes" \
+            --master_addr "${MASTER_ADDR:?set by slurm/train.sbatch}" --master_port "${MASTER_PORT:-29500}" -- "$@"
     elif (( processes > 1 )); then
         exec "$PYTHON" -m itemizedclip.training.torchrun --standalone --nproc_per_node "$processes" -- "$@"
     else
