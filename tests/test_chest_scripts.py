@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import ROOT, fails, run
 from open_ct_rate import main as training
 from open_ct_rate import zeroshot_ct_rate, zeroshot_rad_chestct
 from open_ct_rate.ct_rate_tree import parse_volume_name
@@ -37,19 +37,10 @@ from sklearn.model_selection import StratifiedKFold
 
 from itemizedclip.models.factory import create_model, load_model_config, load_pretrained
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "Radiology_Tasks" / "src" / "open_ct_rate"
 VOCABULARY = ROOT / "Radiology_Tasks" / "src" / "open_mri" / "configs" / "builtin_vocab.txt"
 SIZE = (16, 48, 48)
 SMALL = ("--volume-size", "16", "48", "48")
-
-
-def run(*command: str, cwd: Path | str = "/", **variables: str) -> subprocess.CompletedProcess:
-    """A command with these environment variables and no others of the scripts' own."""
-    own = ("DATA_ROOT", "ITEMS_JSON", "CT_RATE_LABELS", "TEXT_MODEL", "IMAGE_WEIGHTS", "RESUME", "LOGS", "GPUS")
-    environment = {k: v for k, v in os.environ.items() if k not in own} | {"OMP_NUM_THREADS": "1"} | variables
-    environment.setdefault("PYTHON", sys.executable)
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=cwd)
 
 
 @dataclass
@@ -127,16 +118,6 @@ def train(cohort: Cohort, logs: Path, *flags: str) -> dict[str, float]:
 def metrics_of(folder: Path, kind: str) -> list[dict]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
-
-
-def fails(capsys, function, *arguments) -> str:
-    """The message of a command that must fail with one."""
-    with pytest.raises(SystemExit) as stop:
-        function(*arguments)
-    assert stop.value.code not in (0, None)
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return " ".join(message.split())
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import ROOT, fails, run
 from open_mri import zero_shot
 from open_mri.cohort import write_head_ct_benchmarks, write_pub_brain_5, write_studies
 from open_mri.series_names import encode_series_names
@@ -34,18 +33,9 @@ from sklearn.metrics import f1_score, roc_auc_score
 from itemizedclip.models.factory import load_model_config, load_pretrained
 from itemizedclip.training.options import parse_run
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "Radiology_Tasks" / "src" / "open_mri_test"
 SIZE = (8, 32, 32)
 SMALL = ("--volume-size", "8", "32", "32")
-
-
-def run(*command: str, cwd: Path | str = "/", **variables: str) -> subprocess.CompletedProcess:
-    """A command with these environment variables and no others of the scripts' own."""
-    own = ("DATA_ROOT", "JSON_ROOT", "TEXT_MODEL", "IMAGE_WEIGHTS", "SERIES_NAME_WEIGHTS", "RESUME", "LOGS", "GPUS")
-    environment = {k: v for k, v in os.environ.items() if k not in own} | {"OMP_NUM_THREADS": "1"} | variables
-    environment.setdefault("PYTHON", sys.executable)
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=cwd)
 
 
 @dataclass
@@ -99,16 +89,6 @@ def train(*flags: str) -> None:
 def parse(*flags: str) -> StudyRun:
     """The options of these flags."""
     return parse_run(RECIPES, "mri_debug", [*SMALL, *flags])
-
-
-def fails(capsys, function, *arguments) -> str:
-    """The message of a command that must fail with one."""
-    with pytest.raises(SystemExit) as stop:
-        function(*arguments)
-    assert stop.value.code not in (0, None)
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -230,7 +210,7 @@ def test_training_studies_without_a_folder_are_counted_before_the_first_step(coh
     studies = sorted((root / "train").iterdir())
     for study in studies[:9]:
         shutil.rmtree(study)
-    message = fails(capsys, train, *here).replace("\n", " ")
+    message = fails(capsys, train, *here)
     assert f"9 of 17 studies of {root / 'train.json'} have no folder in {root / 'train'}: {studies[0].name}" in message
     assert "more than --max-bad-fraction 0.01 allows" in message
     message = fails(capsys, train, *here, "--on-bad-sample", "stop")
@@ -265,7 +245,7 @@ def test_report_table_replaces_reports(cohort, tmp_path, capsys):
         (b"\xff\xfe\x00,1. a\n", "is no text in UTF-8"),
     ):
         table.write_bytes(content)
-        assert expected in fails(capsys, train, *here).replace("\n", " "), content
+        assert expected in fails(capsys, train, *here), content
     table.write_text('MRI5TRAIN00000,"1. Acute stroke.\n2. Old infarct."\nNOBODY,1. x\n')
     train(*here)
     log = capsys.readouterr().err
@@ -595,7 +575,7 @@ def test_wrong_evaluation_flags_give_one_message(cohort, trained, tmp_path, caps
         (pub_brain, [*here, "--data-dir", str(cohort.mri)], "pub_brain_5.csv"),
     ]
     for main, arguments, expected in cases:
-        assert expected in fails(capsys, main, arguments).replace("\n", " "), arguments
+        assert expected in fails(capsys, main, arguments), arguments
 
 
 # --- the proof on the cohort -----------------------------------------------------------------------------------------

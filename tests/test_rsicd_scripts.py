@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT, run
 from rsicd_files import RsicdFolder, write_rsicd_folder
-
-ROOT = Path(__file__).parents[1]
 
 
 def bash(script: str, *flags: str, **variables: str) -> subprocess.CompletedProcess:
-    """Run a script of the project folder from another folder, with these variables and no others of its own."""
-    own = ("RSICD_DIR", "RSICD_ITEMS", "RESUME", "LOGS", "GPUS", "PYTHON")
-    environment = {k: v for k, v in os.environ.items() if k not in own} | {"OMP_NUM_THREADS": "1"} | variables
-    environment.setdefault("PYTHON", sys.executable)
-    return subprocess.run(
-        ["bash", str(ROOT / script), *flags], capture_output=True, text=True, check=False, env=environment, cwd="/"
-    )
+    """A script of the project folder."""
+    return run("bash", str(ROOT / script), *flags, **variables)
 
 
 @pytest.fixture(scope="module")
