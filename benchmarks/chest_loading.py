@@ -126,13 +126,13 @@ def open_scans(options: Options, items_json: Path, source: Source) -> ChestCTDat
 
 
 def waits(options: Options, scans: ChestCTDataset, workers: int) -> Iterator[float]:
-    """Seconds each step waits, while steps take --step-s."""
+    """Seconds each step waits, while steps take --step-s, but for the first of an epoch, when workers start."""
     loading = LoadingSettings(batch_size=options.batch_size, accum_batch=options.accum_batch, workers=workers)
     collator = ItemCollator(load_bert_tokenizer("builtin", 256), 10)
     source = MapSource(scans, collator, loading, Ranks(0, 0, 1, torch.device("cpu")), seed=0)
     for epoch in range(1 + options.epochs):
-        for step in source.epoch(epoch, 0):
-            if epoch:
+        for number, step in enumerate(source.epoch(epoch, 0)):
+            if epoch and number:
                 yield step.wait_s
             sleep(options.step_s)
 
@@ -141,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write volumes, load them, print."""
     options = tyro.cli(Options, args=argv, prog="chest_loading.py", description=(__doc__ or "").split("\n\n")[0])
     with reported_errors("chest_loading.py"):
-        if options.volumes < options.batch_size * options.accum_batch:
-            raise ValueError(f"--volumes is {options.volumes}, fewer than a step takes; give more")
+        if options.volumes < 2 * options.batch_size * options.accum_batch:
+            raise ValueError(f"--volumes is {options.volumes}, fewer than two steps take; give more")
         items_json = write_volumes(options.output / "volumes", options.volumes)
         where = "disk" if options.drop_cache else "page cache"
         per_step = options.batch_size * options.accum_batch

@@ -147,6 +147,7 @@ def write_bert(folder: Path, model: str) -> Path:
     """A BERT folder of the model's shape: random weights, the embedded vocabulary."""
     folder.mkdir(parents=True)
     shape = load_model_config(model)["text_cfg"]["hf_config"]
+    torch.manual_seed(0)
     (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
     torch.save(BertModel(BertConfig(**shape), add_pooling_layer=False).state_dict(), folder / "pytorch_model.bin")
     shutil.copy(RadiologyItemizedCLIP.config_folder / "builtin_vocab.txt", folder / "vocab.txt")

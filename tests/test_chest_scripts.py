@@ -182,6 +182,9 @@ def test_locked_text_on_two_processes_evaluates_as_one(cohort, trained, tmp_path
         DATA_ROOT=str(cohort.ct_rate), ITEMS_JSON=str(cohort.items), LOGS=str(tmp_path), GPUS="2",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    # Every line is the run's own log: no complaint of DDP about parameters without gradient.
+    assert "unused" not in result.stderr
+    assert "UserWarning" not in result.stderr
     (two,) = metrics_of(tmp_path / "two", "eval")
     assert {"ct_rate/macro_auc", "itemized/mean_item_rank"} <= one.keys()
     assert {key: two[key] for key in one} == one
