@@ -388,11 +388,21 @@ def test_warm_cache_builds_every_volume_once(tmp_path, capsys):
         assert float((cached[(epoch, 0)].image - plain[(epoch, 0)].image).abs().max()) < 0.5 / 255 / 0.226 + 1e-3
 
 
+def test_warm_cache_takes_volumes_only(tmp_path):
+    used = ["valid/valid_1/valid_1_a/valid_1_a_1.pt", "trn00001/trn00001.pt", "tst00002.pt"]
+    others = ["masks/valid_1_a.pt", "masks/trn00001.pt", "valid/valid_1_a_2.pt", "notes.pt",
+              "train/train_1267/train_1267_a/train_1267_a_4.pt"]  # fmt: skip
+    for name in used + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert sorted(map(str, warm_cache.volume_names(tmp_path))) == sorted(used)
+
+
 def test_warm_cache_says_what_is_wrong(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     cases = [
         (["--data-root", str(tmp_path / "nowhere"), "--cache-dir", "c"], "no such folder"),
-        (["--data-root", str(tmp_path / "empty"), "--cache-dir", "c"], "no .pt volume"),
+        (["--data-root", str(tmp_path / "empty"), "--cache-dir", "c"], "no volume below it"),
         (["--data-root", str(tmp_path)], "--cache-dir"),
         (["--data-root", str(tmp_path), "--cache-dir", "c", "--input-info", "9", "-9", "crop"], "lower limit first"),
     ]

@@ -2,8 +2,8 @@
 
     python -m open_ct_rate.warm_cache --data-root DIR --cache-dir CACHE --workers 16
 
-DIR holds CT-RATE's train/ and valid/, or Rad-ChestCT's scans; every .pt volume below it is read once. What is in the
-cache already is left alone, so that a stopped command goes on. Training and evaluation with the same --cache-dir,
+DIR holds CT-RATE's train/ and valid/, or Rad-ChestCT's scans; every volume of theirs is read once. What is in the cache
+already is left alone, so that a stopped command goes on. Training and evaluation with the same --cache-dir,
 --cache-type and --input-info read what was built here.
 """
 
@@ -25,8 +25,9 @@ from itemizedclip.data.preflight import PreflightError
 from itemizedclip.evaluation.report import progress_bar
 from itemizedclip.training.engine import reported_errors
 from itemizedclip.training.tracking import logging_to_console
-from open_ct_rate.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS
+from open_ct_rate.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, parse_volume_name
 from open_ct_rate.data_chest_ct import ChestInput, ChestSettings, read_hu
+from open_ct_rate.labels import rad_chestct_id
 from open_ct_rate.volume_cache import VolumeCache
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class WarmCacheOptions(ChestSettings):
     """What to build."""
 
     data_root: Path
-    """Folder of .pt volumes in HU, at any depth."""
+    """CT-RATE's folder with train/ or valid/ in it, or Rad-ChestCT's folder of scans."""
 
     workers: int = 4
     """Processes that read volumes; 0: none besides this one."""
@@ -72,10 +73,21 @@ class _Volumes(Dataset[str]):
         return ""
 
 
+def is_volume(name: Path) -> bool:
+    """Whether a path below the data folder is that of a CT-RATE or Rad-ChestCT volume, and one that is used."""
+    try:
+        return parse_volume_name(name.stem).path == name and name.stem not in EXCLUDED_RECONSTRUCTIONS
+    except ValueError:
+        pass
+    try:
+        return name.parts in ((f"{rad_chestct_id(name.stem)}.pt",), (name.stem, name.name))
+    except ValueError:
+        return False
+
+
 def volume_names(root: Path) -> list[Path]:
-    """Volumes below a folder, relative to it, sorted, without those that are never used."""
-    found = sorted(path.relative_to(root) for path in root.rglob("*.pt"))
-    return [name for name in found if name.stem not in EXCLUDED_RECONSTRUCTIONS]
+    """Volumes below a folder, relative to it, sorted."""
+    return sorted(name for path in root.rglob("*.pt") if is_volume(name := path.relative_to(root)))
 
 
 def build_cache(options: WarmCacheOptions) -> int:
@@ -93,7 +105,10 @@ def build_cache(options: WarmCacheOptions) -> int:
         raise FileNotFoundError(f"{root}: no such folder; expected chest CT volumes (--data-root)")
     names = volume_names(root)
     if not names:
-        raise FileNotFoundError(f"{root}: no .pt volume below it; expected chest CT volumes in HU (--data-root)")
+        raise FileNotFoundError(
+            f"{root}: no volume below it; expected valid/valid_1/valid_1_a/valid_1_a_1.pt, … (CT-RATE) or "
+            "<id>/<id>.pt or <id>.pt (Rad-ChestCT)"
+        )
     chest = options.chest_input(CHEST_SIZE)
     cache = options.cache(chest.window)
     assert cache is not None
