@@ -169,6 +169,24 @@ def test_initial_weights_of_every_part(cohort, trained, tmp_path):
     assert "[CLS]" in model.config["text_cfg"]["tokenizer_json"]
 
 
+@pytest.mark.parametrize("program", [str(SCRIPTS / "zero_shot_rsna.py"), "-m", "/usr/bin/other"])
+def test_an_environment_without_the_wings_packages_is_one_line(program):
+    """Programs of the wing say it and end; others, such as a list of all models, get an error to catch."""
+    lines = [
+        "import importlib.util, sys",
+        "find = importlib.util.find_spec",
+        "importlib.util.find_spec = lambda name: None if name == 'nibabel' else find(name)",
+        f"sys.argv = [{program!r}]",
+        "import open_mri",
+    ]
+    result = run(sys.executable, "-c", "\n".join(lines))
+    assert result.returncode == 1
+    assert "packages that are not installed (nibabel): run " in result.stderr
+    assert "pip install -e '.[radiology]'" in result.stderr
+    assert ("ModuleNotFoundError" in result.stderr) is (program == "/usr/bin/other")
+    assert ("Traceback" in result.stderr) is (program == "/usr/bin/other")
+
+
 @pytest.mark.parametrize("script", ["train_mri.sh", "train_ct.sh"])
 def test_unset_variables_are_all_named(script):
     result = run("bash", str(ROOT / script))
