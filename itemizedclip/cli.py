@@ -10,9 +10,10 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
+
+from itemizedclip.flags import ending_quietly
 
 COMMANDS = {
     "demo": ("itemizedclip.demo", "train on the embedded itemized scenes, evaluate, draw an attention picture"),
@@ -50,13 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"itemizedclip: {problem}\n\n{usage()}", file=sys.stderr)
         raise SystemExit(2)
     module, _ = COMMANDS[arguments[0]]
-    try:
+    with ending_quietly():
         importlib.import_module(module).main(arguments[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read the output, such as head, had enough; the interpreter's last flush shall not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from itemizedclip.data.scenes import LEVELS, ScenesDataset
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.explain import ExplainEvaluator
 from itemizedclip.evaluation.report import EvaluationReport, file_sha256, metrics_table, progress_bar, write_results
+from itemizedclip.flags import read_flags
 from itemizedclip.models.factory import LoadedModel, create_transform, load_pretrained
 from itemizedclip.questions import QuestionOptions, items_to_ask, score_table
 from itemizedclip.training.distributed import Ranks, launch, on_main
@@ -286,9 +287,8 @@ def _report(options: ExplainOptions, name: str, metrics: dict[str, float], facts
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Entry point of `itemizedclip explain`."""
-    flags = (tyro.conf.OmitArgPrefixes,)
     with reported_errors(PROG):
-        return run(tyro.cli(ExplainOptions, args=argv, prog=PROG, description=DESCRIPTION, config=flags))
+        return run(read_flags(ExplainOptions, argv, prog=PROG, description=DESCRIPTION))
 
 
 if __name__ == "__main__":

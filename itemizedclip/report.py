@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 
 from itemizedclip.evaluation.report import file_sha256
+from itemizedclip.flags import read_flags
 from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.questions import QuestionOptions, items_to_ask, score_table
 from itemizedclip.training.distributed import choose_device
@@ -101,7 +102,7 @@ def _check_output(path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `itemizedclip report`."""
-    options = tyro.cli(ReportOptions, args=argv, prog=PROG, description=DESCRIPTION)
+    options = read_flags(ReportOptions, argv, prog=PROG, description=DESCRIPTION)
     with reported_errors(PROG), logging_to_console(0):
         output = options.output or (None if options.serve else DEFAULT_OUTPUT)
         if output is not None:

@@ -25,6 +25,7 @@ from itemizedclip.evaluation.classification import ClassPrompts, SingleLabelEval
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.report import EvaluationReport, metrics_table, write_results
 from itemizedclip.evaluation.tcsim import Scoring
+from itemizedclip.flags import read_flags
 from itemizedclip.models.factory import create_transform, load_pretrained
 from itemizedclip.training.distributed import launch, on_main
 from itemizedclip.training.engine import reported_errors
@@ -135,13 +136,7 @@ def evaluate(options: ClassificationOptions) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Entry point of inference_rsicd_classification.sh."""
-    options = tyro.cli(
-        ClassificationOptions,
-        args=argv,
-        prog=PROG,
-        description=DESCRIPTION,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    options = read_flags(ClassificationOptions, argv, prog=PROG, description=DESCRIPTION)
     with reported_errors(PROG):
         return evaluate(options)
 

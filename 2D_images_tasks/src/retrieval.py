@@ -32,6 +32,7 @@ from itemizedclip.evaluation.ranks import RETRIEVAL_CUTOFFS, retrieval_table
 from itemizedclip.evaluation.report import EvaluationReport, file_sha256, format_measure, progress_bar, write_results
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.evaluation.tcsim import Scoring
+from itemizedclip.flags import read_flags
 from itemizedclip.models.factory import create_transform, load_pretrained, transform_spec
 from itemizedclip.training.distributed import launch, on_main
 from itemizedclip.training.engine import reported_errors
@@ -218,9 +219,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         print(f"retrieval.py: error: expected a command first: {' or '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     kind, prog, name = COMMANDS[arguments[0]]
-    options = tyro.cli(
-        kind, args=arguments[1:], prog=prog, description=DESCRIPTION.format(name), config=(tyro.conf.OmitArgPrefixes,)
-    )
+    options = read_flags(kind, arguments[1:], prog=prog, description=DESCRIPTION.format(name))
     with reported_errors(prog):
         return evaluate(options)
 

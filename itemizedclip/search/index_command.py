@@ -18,6 +18,7 @@ from rich.table import Table
 
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.report import file_sha256, progress_bar
+from itemizedclip.flags import read_flags
 from itemizedclip.models.factory import CheckpointError, LoadedModel, create_transform, transform_spec
 from itemizedclip.search.build import BuildReport, build_index
 from itemizedclip.search.index import ImageIndex, load_photograph_model
@@ -220,7 +221,7 @@ def recall_table(recall: PrefilterRecall) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `itemizedclip index`."""
-    options = tyro.cli(IndexOptions, args=argv, prog=PROG, description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,))
+    options = read_flags(IndexOptions, argv, prog=PROG, description=DESCRIPTION)
     try:
         with reported_errors(PROG):
             run(options)

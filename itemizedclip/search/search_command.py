@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.flags import read_flags
 from itemizedclip.search.index import Found, Hit, ImageIndex, open_index
 from itemizedclip.search.index_command import read_queries
 from itemizedclip.search.recall import PrefilterRecall
@@ -255,9 +256,7 @@ def hit_table(found: Found) -> Table:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `itemizedclip search`."""
     with reported_errors(PROG), logging_to_console(0):
-        options = tyro.cli(
-            SearchOptions, args=argv, prog=PROG, description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
-        )
+        options = read_flags(SearchOptions, argv, prog=PROG, description=DESCRIPTION)
         report = run(options)
         if options.json:
             print(json.dumps(report.plain(), indent=2))

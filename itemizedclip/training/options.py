@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from itemizedclip.flags import read_flags
 from itemizedclip.objectives.loss import ObjectiveOptions
 
 OptionsT = TypeVar("OptionsT", bound="RunOptions")
@@ -330,13 +331,8 @@ def parse_run(
     listed = "\n".join(f"  {key}: {_first_line(recipe)}" for key, recipe in recipes.items())
     heading = f"Recipes (--recipe NAME; defaults below are those of {name}):"
     try:
-        return tyro.cli(
-            type(base),
-            default=base,
-            args=arguments,
-            prog=prog,
-            description=f"{description or ''}\n\n{heading}\n{listed}",
-            config=(tyro.conf.OmitArgPrefixes,),
+        return read_flags(
+            type(base), arguments, prog=prog, description=f"{description or ''}\n\n{heading}\n{listed}", default=base
         )
     except ValueError as error:  # tyro before 1.0 lets rules across groups through
         _exit_with(prog, str(error))

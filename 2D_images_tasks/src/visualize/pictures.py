@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
-import tyro
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.flags import read_flags
 from itemizedclip.models.factory import CheckpointError, LoadedModel, load_pretrained
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.tokenizers import ClipTokenizer
@@ -287,7 +287,7 @@ def _reported(prog: str, *mendable: type[Exception]) -> Iterator[None]:
 
 def parse_options(kind: type, prog: str, description: str, argv: Sequence[str] | None) -> VisualizeOptions:
     """Options from flags, which are the field names with dashes; exits with 2 after a message when they are wrong."""
-    return tyro.cli(kind, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    return read_flags(kind, argv, prog=prog, description=description)
 
 
 def _progress_bar() -> Progress:

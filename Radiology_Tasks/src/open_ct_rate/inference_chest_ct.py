@@ -25,6 +25,7 @@ from rich.console import Console
 
 from itemizedclip.evaluation.report import file_sha256
 from itemizedclip.explain import folder_named_after, make_output_folder, print_written, write_with_progress
+from itemizedclip.flags import read_flags
 from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.questions import check_texts_flags, read_items_file, score_table, split_texts
 from itemizedclip.training.distributed import choose_device
@@ -154,9 +155,8 @@ def run(options: InferenceOptions) -> Explanation:
 
 def main(argv: Sequence[str] | None = None) -> Explanation:
     """Command line."""
-    flags = (tyro.conf.OmitArgPrefixes,)
     with reported_errors(PROG), logging_to_console(0):
-        return run(tyro.cli(InferenceOptions, args=argv, prog=PROG, description=DESCRIPTION, config=flags))
+        return run(read_flags(InferenceOptions, argv, prog=PROG, description=DESCRIPTION))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-import tyro
 from open_mri.volumes import CHEST_SIZE
 from torch.utils.data import DataLoader, Dataset
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.preflight import PreflightError
 from itemizedclip.evaluation.report import progress_bar
+from itemizedclip.flags import read_flags
 from itemizedclip.training.engine import reported_errors
 from itemizedclip.training.tracking import logging_to_console
 from open_ct_rate.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, parse_volume_name
@@ -135,10 +135,12 @@ def build_cache(options: WarmCacheOptions) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit code is 1 when some volume could not be used."""
-    options = tyro.cli(
-        WarmCacheOptions, args=argv, prog="python -m open_ct_rate.warm_cache", config=(tyro.conf.OmitArgPrefixes,),
+    options = read_flags(
+        WarmCacheOptions,
+        argv,
+        prog="python -m open_ct_rate.warm_cache",
         description="Build the cache of windowed chest CT volumes before a run.",
-    )  # fmt: skip
+    )
     with reported_errors("warm_cache"), logging_to_console(0):
         return 1 if build_cache(options) else 0
 

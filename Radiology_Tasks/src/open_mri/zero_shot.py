@@ -37,6 +37,7 @@ from itemizedclip.data.batch import BadSampleError
 from itemizedclip.evaluation.classification import ClassPrompts, ZeroShotClassifier, class_aucs
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.report import EvaluationReport, file_sha256, format_measure, write_results
+from itemizedclip.flags import read_flags
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import LoadedModel, load_model_config, load_pretrained
 from itemizedclip.training.distributed import Ranks, launch, on_main
@@ -638,6 +639,4 @@ def parse_and_evaluate(
 ) -> dict[str, float]:
     """Entry point of the scripts."""
     with reported_errors(prog):
-        return evaluate(
-            tyro.cli(kind, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
-        )
+        return evaluate(read_flags(kind, argv, prog=prog, description=description))

@@ -1,0 +1,53 @@
+"""Reading the flags of a command into its options."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import tyro
+
+OptionsT = TypeVar("OptionsT")
+
+
+def read_flags(
+    kind: type[OptionsT],
+    argv: Sequence[str] | None,
+    *,
+    prog: str | None,
+    description: str | None,
+    default: OptionsT | None = None,
+) -> OptionsT:
+    """Options from flags, which are the names of their fields with dashes, without the names of groups.
+
+    Args:
+        kind: dataclass of the options.
+        argv: flags; the process's own when None.
+        prog: name shown in messages.
+        description: first lines of --help.
+        default: what the flags override; the fields' own defaults when None.
+
+    Raises:
+        SystemExit: --help (0), or a flag or value that does not exist (2, after one message).
+        ValueError: a rule across fields that does not hold.
+    """
+    more: dict[str, Any] = {} if default is None else {"default": default}
+    with ending_quietly():
+        return tyro.cli(
+            kind, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,), **more
+        )
+
+
+@contextmanager
+def ending_quietly() -> Iterator[None]:
+    """Exit with 1 and without a trace when whoever reads the output, such as `head`, had enough of it."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter's last flush shall not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
