@@ -280,6 +280,7 @@ def _print_summary(result: TrainResult, metrics: dict[str, float], pictures: Seq
         "",
         "What to run next:",
         "  itemizedclip demo --level crowded          the same on harder scenes (--help lists every flag)",
+        "  itemizedclip --help                        reports, explanations and search with this checkpoint",
         "  bash train_rsicd.sh --help                 train on remote-sensing images",
         "  docs/own-data.md                           train on your own images",
     ]
