@@ -125,7 +125,7 @@ def run(options: ExplainOptions) -> dict[str, float]:
     settings = RunOptions(run=RunSettings(device=options.device), distributed=options.distributed)
     with launch(settings) as ranks:
         texts = options.texts
-        loaded = load_pretrained(options.checkpoint, config=options.model)
+        loaded = load_pretrained(options.checkpoint, config=options.model, text_model=options.text_model)
         loaded.model.to(ranks.device)
         if options.input is not None:
             on_main(lambda: explain_one(options, loaded, texts))

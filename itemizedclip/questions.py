@@ -28,6 +28,9 @@ class QuestionOptions:
     model: str | None = None
     """Model name or config .json; only for released checkpoints, which do not carry their config."""
 
+    text_model: str | None = None
+    """BERT folder or hub name whose tokenizer a released checkpoint uses; default: the hub name of its config."""
+
     items: str | None = None
     """Texts to look for, joined by ';'; default: the input's own items, where it has some."""
 

@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _check_output(output)
         texts = options.texts
         device = choose_device(options.device, 0, 1)
-        loaded = load_pretrained(options.checkpoint, config=options.model)
+        loaded = load_pretrained(options.checkpoint, config=options.model, text_model=options.text_model)
         loaded.model.to(device)
         source = open_input(options.input, loaded)
         items = texts or source.items

@@ -58,6 +58,12 @@ def test_published_names_load_strictly(model, style, tmp_path):
         torch.testing.assert_close(loaded.model.state_dict()[name], value)
 
 
+def test_a_built_in_tokenizer_cannot_be_replaced(tmp_path):
+    torch.save(create_model(TINY).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="built in; drop --text-model"):
+        load_pretrained(tmp_path / "a.pt", config=TINY, text_model="some/bert")
+
+
 def test_known_buffers_are_skipped_and_listed(model):
     state = dict(model.state_dict()) | {"module.attn_mask": torch.zeros(20, 20)}
     notes = load_weights(model, state, source="file.pt")

@@ -30,6 +30,7 @@ from open_mri_train.data import find_study_files
 from open_mri_train.recipes import RECIPES, StudyRun
 from sklearn.metrics import f1_score, roc_auc_score
 
+from itemizedclip import explain
 from itemizedclip.models.factory import load_model_config, load_pretrained
 from itemizedclip.training.options import parse_run
 
@@ -554,6 +555,13 @@ def test_released_checkpoint_with_a_tokenizer_from_a_folder(cohort, trained, tmp
     message = fails(capsys, zero_shot_rsna.main, [*flags, str(trained), "--text-model", str(bert),
                                                   "--output", str(tmp_path / "out")])  # fmt: skip
     assert "drop --text-model" in message
+    # The commands that ask about one study take the same flag.
+    study = next((cohort.root / "rsna").glob("RSNA_*"))
+    question = [str(study), "--items", "a bleed", "--output", str(tmp_path / "explained"), "--checkpoint"]
+    assert "--text-model FOLDER" in fails(capsys, explain.main, [*question, str(released), *model])
+    explain.main([*question, str(released), *model, "--text-model", str(bert), "--no-nifti"])
+    explained = json.loads((tmp_path / "explained" / "explanation.json").read_text())
+    assert [entry["item"] for entry in explained["items"]] == ["a bleed"]
 
 
 def write_bert(folder: Path, shape: dict) -> Path:

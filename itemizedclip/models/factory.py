@@ -271,6 +271,16 @@ def _resize_position_tables(model: DualEncoder, renamed: dict[str, Tensor], own:
     return notes
 
 
+def _with_text_model(path: str | Path, config: Mapping[str, Any] | None, source: str | Path) -> Mapping[str, Any]:
+    """The config with the shape and tokenizer of a text model, by the family's own rule."""
+    assert config is not None  # checked before
+    change = getattr(_family(config), "with_text_model", None)
+    if change is None:
+        name = config.get("name", "this model")
+        raise CheckpointError(f"{path}: {name} has one tokenizer, which is built in; drop --text-model")
+    return change(config, source)
+
+
 @dataclass
 class LoadedModel:
     """A model ready for evaluation.
@@ -290,15 +300,21 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
 
 
-def load_pretrained(path: str | Path, *, config: str | Mapping[str, Any] | None = None) -> LoadedModel:
+def load_pretrained(
+    path: str | Path, *, config: str | Mapping[str, Any] | None = None, text_model: str | Path | None = None
+) -> LoadedModel:
     """A model from a run's checkpoint or from a released one.
 
     Args:
         path: .pt or .safetensors file.
         config: model name, path or config; needed only when the checkpoint does not carry its own (released files).
+        text_model: folder or hub name that a released file's tokenizer comes from, instead of the config's; for
+            families whose text tower is a published one.
 
     Raises:
-        CheckpointError: unreadable file, weights that do not fit, or no config known.
+        CheckpointError: unreadable file, weights that do not fit, no config known, or a text model for a checkpoint
+            that carries its own tokenizer, or for a family that has no other.
+        FileNotFoundError: a text model that is neither here nor to be had.
     """
     contents = read_checkpoint(path)
     state_dict = contents.pop("state_dict")
@@ -311,6 +327,10 @@ def load_pretrained(path: str | Path, *, config: str | Mapping[str, Any] | None 
             f"one of {', '.join(list_models())}"
         )
     chosen = own_config if own_config is not None else config
+    if text_model is not None:
+        if own_config is not None:
+            raise CheckpointError(f"{path}: carries its own tokenizer; drop --text-model")
+        chosen = _with_text_model(path, load_model_config(chosen) if isinstance(chosen, str) else chosen, text_model)
     model = create_model(chosen if isinstance(chosen, str) else dict(chosen))  # type: ignore[arg-type]
     notes = load_weights(model, state_dict, source=str(path))
     return LoadedModel(model.eval(), model.config, create_tokenizer(model.config), contents, notes)

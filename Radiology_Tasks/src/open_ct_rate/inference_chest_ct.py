@@ -63,6 +63,9 @@ class InferenceOptions:
     model: str = "CTRATE_HLIP_BiomedBERT_itemizedclip"
     """Config of a released checkpoint; checkpoints of runs carry their own."""
 
+    text_model: str | None = None
+    """BERT folder or hub name whose tokenizer a released checkpoint uses; default: the hub name of its config."""
+
     input_info: tuple[str, str, str] | None = None
     """Lower HU, upper HU, crop or resize; None: as the checkpoint was trained, else -1150 350 crop (published)."""
 
@@ -107,7 +110,7 @@ def load_chest_model(options: InferenceOptions) -> LoadedModel:
         ValueError: a model of something else than chests.
     """
     device = choose_device(options.device, 0, 1)
-    loaded = load_pretrained(options.resume, config=options.model)
+    loaded = load_pretrained(options.resume, config=options.model, text_model=options.text_model)
     if loaded.config["vision_cfg"].get("tower") != "hlip" or body_of(loaded.config) != "chest":
         raise ValueError(
             f"{options.resume}: is no chest CT model; expected a checkpoint of train_ctrate (other models are asked by "

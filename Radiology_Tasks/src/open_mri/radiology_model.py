@@ -22,7 +22,13 @@ from itemizedclip.models.item_attention import ItemAttention
 from open_mri.hlip import HLIP, HLIPConfig, StudyTokens, resample_position_table
 from open_mri.mae_init import load_mae_weights
 from open_mri.series_names import load_series_name_weights
-from open_mri.text_tower import BertTextTokenizer, BertTextTower, create_bert_tokenizer, load_bert_weights
+from open_mri.text_tower import (
+    BertTextTokenizer,
+    BertTextTower,
+    create_bert_tokenizer,
+    load_bert_weights,
+    with_text_model,
+)
 from open_mri.weight_files import LoadReport
 
 logger = logging.getLogger(__name__)
@@ -74,6 +80,11 @@ class RadiologyItemizedCLIP(DualEncoder):
     def create_tokenizer(config: Mapping[str, Any]) -> BertTextTokenizer:
         """The WordPiece tokenizer of a configuration: texts → int64 (N, C)."""
         return create_bert_tokenizer(config["text_cfg"])
+
+    @staticmethod
+    def with_text_model(config: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+        """A configuration with the shape and tokenizer of the BERT in a folder, or of a hub name."""
+        return with_text_model(config, source)
 
     @property
     def context_length(self) -> int:

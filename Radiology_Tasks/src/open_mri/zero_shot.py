@@ -39,13 +39,13 @@ from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.report import EvaluationReport, file_sha256, format_measure, write_results
 from itemizedclip.flags import read_flags
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import LoadedModel, load_model_config, load_pretrained
+from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.training.distributed import Ranks, launch, on_main
 from itemizedclip.training.engine import reported_errors
 from itemizedclip.training.options import DistributedSettings, RunOptions, RunSettings
 from itemizedclip.training.precision import Precision, resolve_precision
 from open_mri.benchmark import Benchmark, Protocol
-from open_mri.text_tower import bert_config_of, with_text_model
+from open_mri.text_tower import bert_config_of
 from open_mri.volumes import Size
 
 logger = logging.getLogger(__name__)
@@ -525,14 +525,9 @@ def _open(options: ZeroShotOptions) -> Benchmark:
 
 def _load(options: ZeroShotOptions) -> LoadedModel:
     """The checkpoint, with the text model of a released one."""
-    if options.text_model is None:
-        return load_pretrained(options.resume, config=options.model)
-    on_main(lambda: bert_config_of(str(options.text_model)))  # one download, one message
-    config = with_text_model(load_model_config(options.model), options.text_model)
-    loaded = load_pretrained(options.resume, config=config)
-    if "model_config" in loaded.meta:
-        raise ValueError(f"{options.resume}: carries its own tokenizer; drop --text-model")
-    return loaded
+    if options.text_model is not None:
+        on_main(lambda: bert_config_of(str(options.text_model)))  # one download, one message
+    return load_pretrained(options.resume, config=options.model, text_model=options.text_model)
 
 
 def _check_model(options: ZeroShotOptions, loaded: LoadedModel) -> None:
