@@ -16,6 +16,7 @@ from toy import ToyModel, toy_options, toy_train
 
 from itemizedclip.objectives.baselines import baseline_losses, flair_options
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions
+from itemizedclip.training.distributed import leave_process_group
 from itemizedclip.training.options import ObjectiveSettings
 
 SCALE, BIAS = 14.0, -10.0
@@ -89,7 +90,7 @@ def _world(rank: int, world: int, rendezvous: str, results: str) -> None:
         loss.backward()
         found[baseline] = {"loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
     torch.save(found, f"{results}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def test_ranks_together_are_the_joined_batch(tmp_path):

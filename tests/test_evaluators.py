@@ -28,6 +28,7 @@ from itemizedclip.evaluation.ranks import retrieval_metrics, retrieval_table, va
 from itemizedclip.evaluation.report import EvaluationReport, metrics_table, write_results
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.evaluation.tcsim import score_images_plainly
+from itemizedclip.training.distributed import leave_process_group
 
 SMALL = EncodingOptions(batch_size=2, text_batch_size=3)
 CLASSES = ClassPrompts.from_templates(["red one", "green two", "blue three"], ["a {class}", "the {class}"])
@@ -267,7 +268,7 @@ def _run_all(rank, world_size, rendezvous, folder):
     results = {name: evaluator.run(model) for name, evaluator in all_evaluators().items()}
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(results, file)
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def test_ranks_agree_to_the_last_digit(tmp_path):

@@ -15,6 +15,7 @@ from itemizedclip.models.item_attention import ItemAttention
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions, itemized_losses
 from itemizedclip.objectives.pairing import build_pairing, sample_pairing
 from itemizedclip.objectives.terms import text_ids
+from itemizedclip.training.distributed import leave_process_group
 
 D, H = 32, 4
 OPTIONS = ObjectiveOptions(ila_weight=1.2, kta_weight=0.9, key_token_fraction=0.2, mps_weight=0.3, iis_weight=0.7,
@@ -275,7 +276,7 @@ def _world(rank: int, world: int, rendezvous: str, results: str, checks: bool) -
     losses["loss"].backward()
     torch.save({"losses": {k: v.detach() for k, v in losses.items()}, "grads": {k: v.grad for k, v in leaves.items()}},
                f"{results}/{rank}.pt")  # fmt: skip
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.mark.parametrize("checks", [False, True])

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from itemizedclip.training.options import RunOptions
 from itemizedclip.training.tracking import logging_to_console
 
 T = TypeVar("T")
+
+GLOO_SETTLE_S = 0.2
+"""Seconds between the last collective and the end of a gloo process group; see `leave_process_group`."""
 
 
 class SetupError(ValueError):
@@ -105,8 +109,19 @@ def launch(options: RunOptions) -> Iterator[Ranks]:
         with logging_to_console(rank):
             yield Ranks(rank, local_rank, world_size, device)
     finally:
-        if owns_group and dist.is_initialized():
-            dist.destroy_process_group()
+        if owns_group:
+            leave_process_group()
+
+
+def leave_process_group() -> None:
+    """End this process's part in the process group, if there is one."""
+    if not is_distributed():
+        return
+    if dist.get_backend() == "gloo":
+        # Gloo's threads need the interpreter's lock to drop their last tensors. In PyTorch 2.6 destroying the group
+        # holds the lock while it waits for them, for ever when they come too late.
+        time.sleep(GLOO_SETTLE_S)
+    dist.destroy_process_group()
 
 
 def _environment() -> tuple[int, int, int, int]:

@@ -26,6 +26,7 @@ from itemizedclip.evaluation.ranks import retrieval_metrics
 from itemizedclip.models.factory import create_model, load_weights
 from itemizedclip.models.item_attention import ItemAttention
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions, itemized_losses
+from itemizedclip.training.distributed import leave_process_group
 
 TOLERANCE = 2e-4
 Errors = dict[str, float]
@@ -104,7 +105,7 @@ def _run_rank(rank: int, stem: str, world_size: int, rendezvous: str, results: s
     head_tensors, _ = read(Path(f"{stem}.rank0.safetensors"))
     errors = loss_errors(tensors, head_tensors, json.loads(metadata["config"]))
     Path(results, f"{rank}.json").write_text(json.dumps(errors))
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def check_world(path: Path) -> Errors:
