@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -31,14 +32,17 @@ def read_flags(
         default: what the flags override; the fields' own defaults when None.
 
     Raises:
-        SystemExit: --help (0), or a flag or value that does not exist (2, after one message).
-        ValueError: a rule across fields that does not hold.
+        SystemExit: --help (0), or a flag, a value or a rule across fields that does not hold (2, after one message).
     """
     more: dict[str, Any] = {} if default is None else {"default": default}
-    with ending_quietly():
-        return tyro.cli(
-            kind, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,), **more
-        )
+    try:
+        with ending_quietly():
+            return tyro.cli(
+                kind, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,), **more
+            )
+    except ValueError as error:  # tyro before 1.0 lets what a field's class raises through
+        print(f"{prog or Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 @contextmanager

@@ -330,12 +330,8 @@ def parse_run(
     base = dataclasses.replace(base, run=dataclasses.replace(base.run, recipe=name))
     listed = "\n".join(f"  {key}: {_first_line(recipe)}" for key, recipe in recipes.items())
     heading = f"Recipes (--recipe NAME; defaults below are those of {name}):"
-    try:
-        return read_flags(
-            type(base), arguments, prog=prog, description=f"{description or ''}\n\n{heading}\n{listed}", default=base
-        )
-    except ValueError as error:  # tyro before 1.0 lets rules across groups through
-        _exit_with(prog, str(error))
+    shown = f"{description or ''}\n\n{heading}\n{listed}"
+    return read_flags(type(base), arguments, prog=prog, description=shown, default=base)
 
 
 def _exit_with(prog: str | None, message: str) -> typing.NoReturn:
