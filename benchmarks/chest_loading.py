@@ -27,16 +27,16 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from open_ct_rate.ct_rate_tree import parse_volume_name
-from open_ct_rate.data_chest_ct import ChestCTDataset, ChestInput
-from open_ct_rate.volume_cache import VolumeCache
-from open_mri.text_tower import load_bert_tokenizer
-from open_mri.volumes import CHEST_SIZE, HounsfieldWindow
+from itemizedclip_radiology.data.chest import ChestCTDataset, ChestInput
+from itemizedclip_radiology.data.ct_rate_tree import parse_volume_name
+from itemizedclip_radiology.data.volume_cache import VolumeCache
+from itemizedclip_radiology.data.volumes import CHEST_SIZE, HounsfieldWindow
+from itemizedclip_radiology.models.text_tower import load_bert_tokenizer
 from rich.console import Console
 from rich.table import Table
 
 from itemizedclip.data.batch import ItemCollator, ItemSample
-from itemizedclip.training.distributed import Ranks
+from itemizedclip.runtime.processes import Ranks
 from itemizedclip.training.engine import reported_errors
 from itemizedclip.training.loading import MapSource
 from itemizedclip.training.options import LoadingSettings

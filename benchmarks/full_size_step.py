@@ -28,9 +28,9 @@ from typing import Literal
 
 import torch
 import tyro
-from open_mri.cohort import write_ct_rate, write_pub_brain_5, write_rad_chestct, write_studies
-from open_mri.radiology_model import RadiologyItemizedCLIP
-from open_mri.volumes import BRAIN_SIZE, CHEST_SIZE
+from itemizedclip_radiology.data.volumes import BRAIN_SIZE, CHEST_SIZE
+from itemizedclip_radiology.models.radiology_model import RadiologyItemizedCLIP
+from itemizedclip_radiology.synthetic.cohort import write_ct_rate, write_pub_brain_5, write_rad_chestct, write_studies
 from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertModel

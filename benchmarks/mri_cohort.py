@@ -27,19 +27,24 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from open_mri.cohort import BRAIN_TEST_SIZE, write_head_ct_benchmarks, write_pub_brain_5, write_studies
-from open_mri.volumes import Size
-from open_mri_test import zero_shot_cq500, zero_shot_pub_brain_5, zero_shot_rsna
-from open_mri_train import main as training
+from itemizedclip_radiology import train_studies as training
+from itemizedclip_radiology.benchmarks import zero_shot_cq500, zero_shot_pub_brain_5, zero_shot_rsna
+from itemizedclip_radiology.data.volumes import Size
+from itemizedclip_radiology.synthetic.cohort import (
+    BRAIN_TEST_SIZE,
+    write_head_ct_benchmarks,
+    write_pub_brain_5,
+    write_studies,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from itemizedclip.data.batch import ItemCollator
-from itemizedclip.evaluation.report import EvaluationReport, write_results
+from itemizedclip.evaluation.results import EvaluationReport, write_results
 from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.training.engine import reported_errors
-from itemizedclip.viewer.maps import item_maps
+from itemizedclip.viewer.geometry import item_maps
 from itemizedclip.viewer.sets import ExplainSet, open_explain_set
 
 DISEASES = ("stroke", "glioma", "meningioma", "metastasis")

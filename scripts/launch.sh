@@ -59,11 +59,11 @@ launch() {
     if asks_for_help "$@"; then
         exec "$PYTHON" "$@"
     elif (( ${NNODES:-1} > 1 )); then
-        exec "$PYTHON" -m itemizedclip.training.torchrun --nnodes "$NNODES" \
+        exec "$PYTHON" -m itemizedclip.runtime.torchrun --nnodes "$NNODES" \
             --node_rank "${NODE_RANK:?set by slurm/train.sbatch}" --nproc_per_node "$processes" \
             --master_addr "${MASTER_ADDR:?set by slurm/train.sbatch}" --master_port "${MASTER_PORT:-29500}" -- "$@"
     elif (( processes > 1 )); then
-        exec "$PYTHON" -m itemizedclip.training.torchrun --standalone --nproc_per_node "$processes" -- "$@"
+        exec "$PYTHON" -m itemizedclip.runtime.torchrun --standalone --nproc_per_node "$processes" -- "$@"
     else
         exec "$PYTHON" "$@"
     fi

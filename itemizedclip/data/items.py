@@ -225,7 +225,7 @@ def _object_without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object
 
 def _integer_key(path: Path, key: str) -> int:
     if not (key.isascii() and key.isdigit() and len(key) <= 18):
-        raise ValueError(f"{path}: key {key!r}: expected a decimal index such as \"12\"")
+        raise ValueError(f'{path}: key {key!r}: expected a decimal index such as "12"')
     return int(key)
 
 

@@ -23,6 +23,7 @@ Key = tuple[int, int]
 MAX_REPLACEMENTS = 20
 """Bad samples in a row after which a dataset is given up."""
 
+
 class EpochSampler(Sampler[Key]):
     """Training order: each epoch a permutation of the N samples, cut into steps of W·B, a step cut into ranks.
 

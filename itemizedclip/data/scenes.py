@@ -452,9 +452,7 @@ def _render(level: SceneLevel, pairs: list[ClassPair], split: str, rng: np.rando
     noise = level.noise_amplitude
     canvas += rng.integers(-noise, noise + 1, size=canvas.shape, dtype=np.int8)
     image = np.clip(canvas, 0, 255).astype(np.uint8)
-    placements = [
-        Placement(row, height, top + 1, left + 1) for row, height, (top, left) in zip(rows, heights, corners)
-    ]
+    placements = [Placement(row, height, top + 1, left + 1) for row, height, (top, left) in zip(rows, heights, corners)]
     return _Rendered(image, owner, classes, placements)
 
 

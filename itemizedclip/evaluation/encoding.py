@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from itemizedclip import collectives
 from itemizedclip.data.batch import BadSampleError, ItemSample, Tokenizer, trim_padding
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
+from itemizedclip.runtime import collectives
 
 Progress = Callable[[int, int], None]
 """Called after each batch with (images done, images to do) of this rank."""

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itemizedclip import collectives
 from itemizedclip.data.batch import Tokenizer
 from itemizedclip.evaluation.encoding import (
     EncodingOptions,
@@ -33,6 +32,7 @@ from itemizedclip.evaluation.encoding import (
 from itemizedclip.evaluation.ranks import RetrievalRanks, RivalCounts, validation_table
 from itemizedclip.evaluation.tcsim import Scoring, TextScorer, create_scorer
 from itemizedclip.models.dual_encoder import DualEncoder
+from itemizedclip.runtime import collectives
 
 KEPT_SCORE_BYTES = 2**30
 """A rank keeps its images' scores for the second pass up to this many bytes; beyond, it computes them again."""

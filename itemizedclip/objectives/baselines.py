@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itemizedclip.collectives import rank
 from itemizedclip.objectives.exchange import gather_features
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions
 from itemizedclip.objectives.terms import pair_loss
+from itemizedclip.runtime.collectives import rank
 
 
 def flair_options(options: ObjectiveOptions) -> ObjectiveOptions:

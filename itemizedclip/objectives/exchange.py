@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from itemizedclip.collectives import rank, world_size
 from itemizedclip.objectives.pairing import Pairing
+from itemizedclip.runtime.collectives import rank, world_size
 
 
 @dataclass(frozen=True)

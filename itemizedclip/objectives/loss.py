@@ -207,9 +207,7 @@ class _Terms:
             columns = pairing.own_columns_BK
             pooled, key_pooled, logits = self._local(items_BTD)
             # One choice, made on the ILA logits, serves ILA and KTA alike.
-            uwp = upweight_worst_positive(
-                weights, logits, columns, inputs.item_mask_BK, options.worst_positive_factor
-            )
+            uwp = upweight_worst_positive(weights, logits, columns, inputs.item_mask_BK, options.worst_positive_factor)
             losses["ila"] = pair_loss(logits, pairing.labels_BT, uwp) / B
             if key_pooled is not None:
                 key_logits = cosine_logits(key_pooled, items_BTD, self.scale, self.bias)

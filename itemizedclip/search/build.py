@@ -23,10 +23,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from itemizedclip import collectives
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.evaluation.encoding import EncodingOptions, Progress, encode_image_batch, evaluation_mode
 from itemizedclip.models.dual_encoder import DualEncoder
+from itemizedclip.runtime import collectives
+from itemizedclip.runtime.processes import on_main
 from itemizedclip.search.plan import BuildOptions, Chunk, FoundImage, Plan, find_images, plan_build
 from itemizedclip.search.store import (
     INDEX_FILE,
@@ -44,7 +45,6 @@ from itemizedclip.search.store import (
     write_manifest,
     write_shard,
 )
-from itemizedclip.training.distributed import on_main
 from itemizedclip.viewer.inputs import read_photograph
 
 LEAST_LIVE_FRACTION = 0.5

@@ -24,20 +24,20 @@ from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.evaluation.encoding import EncodingOptions, encode_texts
-from itemizedclip.evaluation.folded import scorer_of_stored_tokens
-from itemizedclip.evaluation.report import file_sha256
+from itemizedclip.evaluation.results import file_sha256
 from itemizedclip.evaluation.tcsim import GlobalScorer, top_images
+from itemizedclip.evaluation.tcsim_folded import scorer_of_stored_tokens
 from itemizedclip.models.dual_encoder import ImageFeatures
 from itemizedclip.models.factory import CheckpointError, LoadedModel, create_transform, load_pretrained
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.tokenizers import ClipTokenizer
+from itemizedclip.runtime.processes import choose_device
 from itemizedclip.search.recall import CANDIDATE_COUNTS, RECALL_TOP, PrefilterRecall, default_candidates, measure_recall
 from itemizedclip.search.regions import AttendedRegion, attended_region
 from itemizedclip.search.store import FeatureStore, ImageIndexError, IndexedImage, read_manifest
-from itemizedclip.training.distributed import choose_device
 from itemizedclip.viewer.figures import attention_figure
+from itemizedclip.viewer.geometry import Geometry, ItemMaps, Upsampling, map_to_input, maps_of_features
 from itemizedclip.viewer.inputs import photograph_geometry, read_photograph
-from itemizedclip.viewer.maps import Geometry, ItemMaps, Upsampling, map_to_input, maps_of_features
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from itemizedclip import collectives
-from itemizedclip.evaluation.folded import scorer_of_stored_tokens
 from itemizedclip.evaluation.tcsim import GlobalScorer, TextScorer, TopK, top_images
+from itemizedclip.evaluation.tcsim_folded import scorer_of_stored_tokens
 from itemizedclip.models.dual_encoder import ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
+from itemizedclip.runtime import collectives
 
 RECALL_TOP = 10
 """k of the recall that an index keeps."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from itemizedclip.viewer.maps import Geometry
+from itemizedclip.viewer.geometry import Geometry
 
 PEAK_FRACTION = 0.5
 """Patches with at least this fraction of the peak's attention, and connected with it, are the attended region."""

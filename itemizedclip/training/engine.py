@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itemizedclip.collectives import all_reduce_max, all_reduce_sum, gather_objects
 from itemizedclip.data.batch import ItemBatch, ItemSample
 from itemizedclip.data.preflight import check_dataset, duplicate_warning
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import transform_spec
+from itemizedclip.runtime.collectives import all_reduce_max, all_reduce_sum, gather_objects
+from itemizedclip.runtime.processes import Ranks, StopRequest, launch, on_main, seed_step
 from itemizedclip.training.checkpoint import find_resume
-from itemizedclip.training.distributed import Ranks, StopRequest, launch, on_main, seed_step
 from itemizedclip.training.loading import BatchSource, MapSource, StepBatch
 from itemizedclip.training.optimizer import set_lr
 from itemizedclip.training.options import RunOptions, options_to_dict

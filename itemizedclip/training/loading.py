@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from itemizedclip.data.batch import BadSampleError, ItemBatch, ItemSample
 from itemizedclip.data.sampler import CheckedCollator, CheckedDataset, EpochSampler, LoadedBatch
-from itemizedclip.training.distributed import Ranks
+from itemizedclip.runtime.processes import Ranks
 from itemizedclip.training.options import LoadingSettings
 
 

@@ -27,8 +27,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from itemizedclip.flags import read_flags
 from itemizedclip.objectives.loss import ObjectiveOptions
+from itemizedclip.runtime.flags import read_flags
 
 OptionsT = TypeVar("OptionsT", bound="RunOptions")
 

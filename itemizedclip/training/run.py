@@ -17,16 +17,16 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from itemizedclip.collectives import gather_objects
 from itemizedclip.data.sampler import BadSampleCounter
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import load_weights, read_checkpoint
+from itemizedclip.runtime.collectives import gather_objects
+from itemizedclip.runtime.precision import Precision, cast_towers, resolve_precision
+from itemizedclip.runtime.processes import Ranks, SetupError, StopRequest, on_main
 from itemizedclip.training.checkpoint import new_run_id
-from itemizedclip.training.distributed import Ranks, SetupError, StopRequest, on_main
 from itemizedclip.training.loading import BatchSource
 from itemizedclip.training.optimizer import create_optimizer, create_schedule
 from itemizedclip.training.options import RunOptions
-from itemizedclip.training.precision import Precision, cast_towers, resolve_precision
 from itemizedclip.training.task import ItemizedTask
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 Values = Mapping[str, float | int | str]
 
-OWN_PACKAGES = ("itemizedclip", "images_2d", "open_mri", "open_ct_rate", "__main__")
+OWN_PACKAGES = ("itemizedclip", "itemizedclip_2d", "itemizedclip_radiology", "__main__")
 """The project's packages: their log is shown; of others, warnings only."""
 
 

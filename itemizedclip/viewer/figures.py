@@ -146,9 +146,7 @@ def head_figure(
     blocks = [Block("", [Panel(title, _size_note(pixels))])]
     for k in range(T):
         panels = [Panel("all heads", nowhere_note(nowhere[k].mean()), maps[k].mean(0))]
-        panels += [
-            Panel(f"head {h + 1}", nowhere_note(nowhere[k, h]), maps[k, h]) for h in range(num_heads)
-        ]
+        panels += [Panel(f"head {h + 1}", nowhere_note(nowhere[k, h]), maps[k, h]) for h in range(num_heads)]
         blocks.append(Block(f"{k + 1}. {items[k]}  (TCSim {signed(scores[k])})", panels))
     rows = -(-(1 + num_heads) // _MOST_HEAD_COLUMNS)
     columns = -(-(1 + num_heads) // rows)

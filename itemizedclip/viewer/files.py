@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from itemizedclip.viewer.figures import attention_figure, head_figure, save_figure
+from itemizedclip.viewer.geometry import Upsampling, map_to_input
 from itemizedclip.viewer.inputs import Explanation
-from itemizedclip.viewer.maps import Upsampling, map_to_input
 from itemizedclip.viewer.volumes import (
     file_names,
     montage_figure,

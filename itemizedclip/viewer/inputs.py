@@ -1,7 +1,7 @@
 """What a viewer opens: one image or study, as the model takes it and as people look at it.
 
 A photograph is one view, a study is one view per series. Every view knows how the model's input was made of it, so that
-attention can be carried back to its own pixels or voxels (`itemizedclip.viewer.maps.map_to_input`).
+attention can be carried back to its own pixels or voxels (`itemizedclip.viewer.geometry.map_to_input`).
 
 Model families outside the core register how their inputs are read under the entry-point group `itemizedclip.inputs`:
 value of `vision_cfg.tower` → function (source, loaded) → ModelInput.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError, ItemCollator, ItemSample
 from itemizedclip.models.factory import LoadedModel, create_transform
-from itemizedclip.viewer.maps import Geometry, ItemMaps, geometry_of_transform, item_maps
+from itemizedclip.viewer.geometry import Geometry, ItemMaps, geometry_of_transform, item_maps
 
 ENTRY_POINT_GROUP = "itemizedclip.inputs"
 
@@ -199,9 +199,7 @@ def photograph_input(name: str, picture: Image.Image, loaded: LoadedModel, items
     return ModelInput(name, transform(picture), [view], items=list(items))
 
 
-def photograph_geometry(
-    config: Mapping[str, Any], transform: Callable[..., Tensor], size: tuple[int, int]
-) -> Geometry:
+def photograph_geometry(config: Mapping[str, Any], transform: Callable[..., Tensor], size: tuple[int, int]) -> Geometry:
     """The way from a picture of `size` (H, W) through the evaluation transform of a 2D model to its patches."""
     geometry = geometry_of_transform(transform, size)
     # What is left over at the right and the bottom when patches do not divide the view is not seen.
@@ -218,7 +216,7 @@ def explain_input(
         loaded: the model, in evaluation mode.
         source: the image or study.
         items: T texts, at least one.
-        normalise_tokens: see `itemizedclip.viewer.maps.item_maps`.
+        normalise_tokens: see `itemizedclip.viewer.geometry.item_maps`.
 
     Raises:
         ValueError: no text.

@@ -27,8 +27,8 @@ from torch import Tensor
 from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.items import read_json
 from itemizedclip.models.factory import LoadedModel
+from itemizedclip.viewer.geometry import Geometry, mask_to_view
 from itemizedclip.viewer.inputs import InputView, ModelInput, open_input
-from itemizedclip.viewer.maps import Geometry, mask_to_view
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".pt", ".nii.gz", ".nii")
 

@@ -25,8 +25,8 @@ from itemizedclip.viewer.figures import (
     nowhere_note,
     signed,
 )
+from itemizedclip.viewer.geometry import Upsampling, map_to_input
 from itemizedclip.viewer.inputs import Explanation, FileGrid, InputView
-from itemizedclip.viewer.maps import Upsampling, map_to_input
 
 _SLAB_SLICES = 16
 """Slices of a view that are enlarged at once: a whole chest at its own size would need gigabytes of positions."""
@@ -87,8 +87,7 @@ def place_of_token(explanation: Explanation, token: int) -> Place:
 def _in_file(grid: FileGrid, voxel: tuple[int, int, int]) -> tuple[int, int, int]:
     """(i, j, k) of the file from (d, h, w) of the view."""
     i, j, k = (
-        n - 1 - voxel[axis] if flip else voxel[axis]
-        for n, axis, flip in zip(grid.shape, grid.view_axis, grid.flipped)
+        n - 1 - voxel[axis] if flip else voxel[axis] for n, axis, flip in zip(grid.shape, grid.view_axis, grid.flipped)
     )
     return i, j, k
 

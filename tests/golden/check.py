@@ -26,7 +26,7 @@ from itemizedclip.evaluation.ranks import retrieval_metrics
 from itemizedclip.models.factory import create_model, load_weights
 from itemizedclip.models.item_attention import ItemAttention
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions, itemized_losses
-from itemizedclip.training.distributed import leave_process_group
+from itemizedclip.runtime.processes import leave_process_group
 
 TOLERANCE = 2e-4
 Errors = dict[str, float]
@@ -78,8 +78,13 @@ def loss_errors(tensors: dict[str, Tensor], head_tensors: dict[str, Tensor], con
         tensors["in.is_normal"].bool(),
     )
     losses = itemized_losses(
-        head, inputs, scale, bias, objective_options(config),
-        index_BT=tensors["in.text_index"], keep_mask_BHTL=tensors.get("in.keep_mask"),
+        head,
+        inputs,
+        scale,
+        bias,
+        objective_options(config),
+        index_BT=tensors["in.text_index"],
+        keep_mask_BHTL=tensors.get("in.keep_mask"),
     )
     losses["loss"].backward()
     names = {"total": "loss", "ila_loss": "ila", "kta_loss": "kta", "mps_loss": "mps", "iis_loss": "iis"}
@@ -159,8 +164,8 @@ def check_retrieval(path: Path) -> Errors:
 
 def check_hlip(path: Path) -> Errors:
     """A trunk with or without series names; its config lists the blocks of each scope."""
-    from open_mri.hlip import HLIP, HLIPConfig
-    from open_mri.series_names import encode_series_name
+    from itemizedclip_radiology.models.hlip import HLIP, HLIPConfig
+    from itemizedclip_radiology.models.series_names import encode_series_name
 
     tensors, metadata = read(path)
     config = json.loads(metadata["config"])

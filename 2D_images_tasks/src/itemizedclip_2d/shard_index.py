@@ -1,0 +1,436 @@
+"""What is inside webdataset shards: which samples a tar file holds and where, found once and kept in a cache.
+
+Shards (img2dataset's layout) are uncompressed tar files whose members `<key>.jpg|jpeg|png|webp` and `<key>.json` make
+a sample. The first use of a shard reads it once from end to end and writes a small index; later starts read the index
+and afterwards nothing but the images they need.
+
+Fields of a sample's JSON:
+    key              the sample's number as text, nine digits: shard (5) and position in it (4, below 5000)
+    index            optional, its index in the item file; otherwise it follows from the key (`item_index`)
+    shortIB_captions the captions that stand in for items the item file lacks; the field's name can be chosen
+
+Index file `<cache>/<shard name>-<key>.npz`; the key covers the shard's path, size and modification time and the name
+of the caption field. It appears under its name only when complete.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from braceexpand import braceexpand
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.items import read_json
+from itemizedclip.data.preflight import PreflightError
+from itemizedclip_2d.image_files import decode_image
+from itemizedclip_2d.packed_items import PackedItems
+from itemizedclip_2d.rsicd_table import CACHE_FOLDER
+
+logger = logging.getLogger(__name__)
+
+SAMPLES_PER_SHARD = 5000
+"""Samples of a published shard; keys leave room for 10,000."""
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+SHARD_REMEDY = "Download the shard again."
+
+_INDEX_FORMAT = 1
+_READ_BYTES = 2**20
+_BUILD_THREADS = 4
+
+
+def item_index(key: str) -> int:
+    """Index in the item file of the sample with a nine-digit key: (key mod 10000) + 5000 · (key div 10000).
+
+    Raises:
+        ValueError: no number, or a position that a shard of 5000 samples does not have.
+    """
+    is_number = key.isascii() and key.isdigit() and len(key) <= 18
+    shard, position = divmod(int(key), 10_000) if is_number else (0, SAMPLES_PER_SHARD)
+    if position >= SAMPLES_PER_SHARD:
+        raise ValueError(no_index(key))
+    return position + SAMPLES_PER_SHARD * shard
+
+
+def no_index(key: str) -> str:
+    """Why a key gives no index."""
+    return (
+        f"key {key[:40]!r} gives no index into the item file; expected digits whose last four, the position in the "
+        f"shard, are below {SAMPLES_PER_SHARD}, or a JSON field index"
+    )
+
+
+def fallback_items(value: object) -> list[str]:
+    """Items of a caption field: a list of strings as it is, a string split at line breaks, `</s>` and full stops."""
+    if isinstance(value, str):
+        value = re.split(r"\n|</s>|\.(?=\s|$)", value)
+    if not isinstance(value, list):
+        return []
+    return [text for entry in value if isinstance(entry, str) and (text := entry.strip())]
+
+
+# --- which shards ----------------------------------------------------------------------------------------------------
+
+
+def expand_shards(sources: str) -> list[Path]:
+    """The shards of one argument, as webdataset writes it: several sources joined by "::", brace ranges in each.
+
+    A source may also be a folder (its *.tar files) or a pattern with * or ?. The order is that of the argument.
+
+    Raises:
+        PreflightError: nothing given, braces that do not close, an address instead of a path, or missing files.
+    """
+    paths: list[Path] = []
+    for source in sources.split("::"):
+        source = source.strip()
+        if not source:
+            raise PreflightError(f"shards {sources!r}: a source is empty; expected such as 'DIR/{{00000..00057}}.tar'")
+        if source.startswith("pipe:") or "://" in source:
+            raise PreflightError(
+                f"shards {source!r}: shards are read from disk, commands and addresses are not followed; "
+                "copy the tar files or mount their storage, and give the path"
+            )
+        paths += _expand_source(source)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        names = ", ".join(map(str, missing[:3])) + (" …" if len(missing) > 3 else "")
+        raise PreflightError(
+            f"shards {sources!r}: {len(missing)} of {len(paths)} files do not exist: {names}; check the path and "
+            "the range, and quote it, because a shell expands braces too"
+        )
+    return paths
+
+
+def _expand_source(source: str) -> list[Path]:
+    if Path(source).is_dir():
+        found = sorted(Path(source).glob("*.tar"))
+        if not found:
+            raise PreflightError(f"shards {source!r}: the folder holds no *.tar file")
+        return found
+    try:
+        patterns = list(braceexpand(source))
+    except ValueError:
+        raise PreflightError(
+            f"shards {source!r}: a brace is not closed; expected such as 'DIR/{{00000..00057}}.tar'"
+        ) from None
+    paths = []
+    for pattern in patterns:
+        found = sorted(map(Path, glob.glob(pattern))) if set(pattern) & set("*?") else [Path(pattern)]
+        if not found:
+            raise PreflightError(f"shards {pattern!r}: no file matches")
+        paths += found
+    return paths
+
+
+def listed_counts(shards: Sequence[Path]) -> dict[Path, int]:
+    """Number of samples each shard should have, from the `sizes.json` beside it, where there is one.
+
+    Raises:
+        ValueError: a sizes.json that is no object of whole numbers.
+    """
+    counts: dict[Path, int] = {}
+    for folder in {path.parent for path in shards}:
+        path = folder / "sizes.json"
+        if not path.is_file():
+            continue
+        sizes = read_json(path, holding="samples per shard")
+        if not isinstance(sizes, dict) or not all(type(value) is int for value in sizes.values()):
+            raise ValueError(f'{path}: expected an object of whole numbers such as {{"00000.tar": 4312}}')
+        counts |= {shard: sizes[shard.name] for shard in shards if shard.parent == folder and shard.name in sizes}
+    return counts
+
+
+# --- one shard -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The samples of one shard, in file order; n is their number.
+
+    Attributes:
+        path: the tar file.
+        keys: str (n,), the samples' keys.
+        names: str (n,), names of the image members.
+        indices: int64 (n,), indices in the item file; −1 where the sample gives none.
+        starts: int64 (n,), first byte of each image in the tar file.
+        sizes: int64 (n,), bytes of each image.
+        captions: the fallback items of each sample.
+        bad: (sample, reason) of samples that cannot be used.
+        damage: why the tar file could not be read to its end; "" if it could.
+        digest: identity of the content.
+    """
+
+    path: Path
+    keys: NDArray[np.str_]
+    names: NDArray[np.str_]
+    indices: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    captions: PackedItems
+    bad: list[tuple[str, str]]
+    damage: str
+    digest: str
+
+    def __len__(self) -> int:
+        """Samples that can be used, as far as the index tells."""
+        return len(self.keys)
+
+    def save(self, path: Path) -> None:
+        """Write the index; the file appears whole or not at all."""
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("keys", "names", "indices", "starts", "sizes")}
+        arrays |= self.captions.arrays("captions")
+        rest = json.dumps({"bad": self.bad, "damage": self.damage, "digest": self.digest})
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        with part.open("wb") as file:
+            np.savez(file, rest=np.array(rest), **arrays)
+        part.replace(path)
+
+    @staticmethod
+    def load(path: Path, shard: Path) -> ShardIndex:
+        """Read the index of `shard`; raises OSError, ValueError, LookupError or zipfile's errors for a damaged file."""
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        rest = json.loads(str(arrays["rest"]))
+        return ShardIndex(
+            path=shard,
+            **{name: arrays[name] for name in ("keys", "names", "indices", "starts", "sizes")},
+            captions=PackedItems.of_arrays(arrays, "captions"),
+            bad=[(name, reason) for name, reason in rest["bad"]],
+            damage=rest["damage"],
+            digest=rest["digest"],
+        )
+
+
+@dataclass
+class _Members:
+    """What a shard holds under one name."""
+
+    image_name: str = ""
+    image_start: int = 0
+    image_size: int = 0
+    image_crc: int = 0
+    image_problem: str = ""
+    json_text: bytes | None = None
+    extensions: list[str] = field(default_factory=list)
+
+
+def read_shard(path: Path, *, caption_field: str, decode_images: bool) -> ShardIndex:
+    """Read a shard from end to end.
+
+    Args:
+        path: the tar file.
+        caption_field: JSON field of the fallback captions.
+        decode_images: also decode every image, and count those that cannot be as bad.
+
+    Raises:
+        PreflightError: a compressed tar file, which allows no random access, or one that cannot be opened.
+    """
+    groups: dict[str, _Members] = {}
+    try:
+        damage = _read_members(path, groups, decode_images=decode_images)
+    except OSError as error:
+        reason = error.strerror or error
+        raise PreflightError(f"{path}: cannot be read ({reason}); check the disk and the permissions") from error
+    keys, names, indices, starts, sizes, captions, bad = [], [], [], [], [], [], []
+    digest = hashlib.sha256()
+    for name, members in groups.items():
+        try:
+            key, index, items = _read_sample(name, members, caption_field)
+        except BadSampleError as error:
+            bad.append((name, str(error)))
+            digest.update(repr((name, str(error))).encode())
+            continue
+        keys.append(key)
+        names.append(members.image_name)
+        indices.append(index)
+        starts.append(members.image_start)
+        sizes.append(members.image_size)
+        captions.append(items)
+        digest.update(repr((key, index, members.image_size, members.image_crc, items)).encode())
+    return ShardIndex(
+        path, np.array(keys, str), np.array(names, str), np.array(indices, np.int64), np.array(starts, np.int64),
+        np.array(sizes, np.int64), PackedItems.pack(captions), bad, damage, digest.hexdigest(),
+    )  # fmt: skip
+
+
+def _read_members(path: Path, groups: dict[str, _Members], *, decode_images: bool) -> str:
+    """Fill `groups`, in file order; returns why the file could not be read to its end, or ""."""
+    # A large buffer makes one sequential read of the many small ones.
+    with open(path, "rb", buffering=_READ_BYTES) as file:
+        magic = file.read(2)
+        file.seek(0)
+        if magic in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5"):
+            raise PreflightError(
+                f"{path}: a compressed tar file, in which no image can be found without reading all before it; "
+                "unpack it to a plain .tar (images hardly shrink)"
+            )
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    if member.isreg():
+                        _take_member(tar, member, groups, decode_images=decode_images)
+                file.seek(tar.offset)
+                # tarfile stops without a word at a damaged header and at a file that ends between two members; a
+                # complete archive ends in a block of zeros.
+                if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
+                    return ""
+                return f"no member and no end of archive at byte {tar.offset}"
+        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+            return str(error)
+
+
+def _take_member(
+    tar: tarfile.TarFile, member: tarfile.TarInfo, groups: dict[str, _Members], *, decode_images: bool
+) -> None:
+    folder, base = os.path.split(member.name)
+    stem, _, extension = base.partition(".")
+    extension = extension.lower()
+    if not stem or not (extension == "json" or extension in IMAGE_EXTENSIONS):
+        return
+    content = tar.extractfile(member)
+    assert content is not None  # a regular file
+    encoded = content.read()
+    if len(encoded) < member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    members = groups.setdefault(str(PurePosixPath(folder) / stem), _Members())
+    members.extensions.append(extension)
+    if extension == "json":
+        members.json_text = encoded
+        return
+    members.image_name, members.image_start, members.image_size = member.name, member.offset_data, member.size
+    members.image_crc = zlib.crc32(encoded)
+    if decode_images:
+        try:
+            decode_image(encoded, name=member.name, remedy="")
+        except BadSampleError as error:
+            members.image_problem = str(error).strip()
+
+
+def _read_sample(name: str, members: _Members, caption_field: str) -> tuple[str, int, list[str]]:
+    """Key, index in the item file (−1: none) and fallback items.
+
+    Raises:
+        BadSampleError: members that make no sample.
+    """
+    if len(set(members.extensions)) < len(members.extensions):
+        raise BadSampleError(f"members {', '.join(members.extensions)}; expected each once")
+    if not members.image_name:
+        raise BadSampleError(f"no image; expected a member {name}.{'|'.join(IMAGE_EXTENSIONS)}")
+    if members.image_problem:
+        raise BadSampleError(members.image_problem)
+    if members.json_text is None:
+        raise BadSampleError(f"no member {name}.json; expected one with the sample's key")
+    try:
+        fields = json.loads(members.json_text)
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError(f"{name}.json: not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise BadSampleError(f"{name}.json: expected an object with the sample's key")
+    key = fields.get("key", PurePosixPath(name).name)
+    if not isinstance(key, str):
+        raise BadSampleError(f"{name}.json: field key is {str(key)[:40]!r}; expected a string such as '000120034'")
+    return key, _index_of(name, key, fields.get("index")), fallback_items(fields.get(caption_field))
+
+
+def _index_of(name: str, key: str, index: object) -> int:
+    """Index in the item file; −1 for a key that gives none, which matters only where there is an item file."""
+    if index is None:
+        try:
+            return item_index(key)
+        except ValueError:
+            return -1
+    if type(index) is not int or index < 0 or index >= 2**63:
+        raise BadSampleError(f"{name}.json: field index is {str(index)[:40]!r}; expected a whole number from 0")
+    return index
+
+
+# --- all shards ------------------------------------------------------------------------------------------------------
+
+
+def open_shards(
+    shards: Sequence[Path], *, caption_field: str, decode_images: bool = False, cache_dir: Path | None = None
+) -> list[ShardIndex]:
+    """Indices of shards, from the cache; shards without one are read, four at a time, with a progress bar.
+
+    Args:
+        shards: tar files; the same one may stand more than once.
+        caption_field: JSON field of the fallback captions.
+        decode_images: also find images that cannot be decoded (validation, where none may be replaced).
+        cache_dir: folder of the indices; default `.itemizedclip_cache` beside each shard.
+
+    Raises:
+        PreflightError: a compressed shard, or a cache folder that cannot be written.
+    """
+    files = {path: _index_file(path, cache_dir, f"{caption_field} {decode_images}") for path in shards}
+    found: dict[Path, ShardIndex] = {}
+    for path, file in files.items():
+        index = _cached(path, file)
+        if index is not None:
+            found[path] = index
+
+    def build(path: Path) -> ShardIndex:
+        index = read_shard(path, caption_field=caption_field, decode_images=decode_images)
+        with _writable(files[path].parent):
+            files[path].parent.mkdir(parents=True, exist_ok=True)
+            index.save(files[path])
+        return index
+
+    to_read = [path for path in files if path not in found]
+    if to_read:
+        logger.info("Reading shards without an index once: %d, into %s", len(to_read), files[to_read[0]].parent)
+        with _progress_bar() as progress, ThreadPoolExecutor(_BUILD_THREADS) as pool:
+            indices = progress.track(pool.map(build, to_read), total=len(to_read), description="Reading shards once")
+            found |= dict(zip(to_read, indices))
+    return [found[path] for path in shards]
+
+
+def _index_file(path: Path, cache_dir: Path | None, settings: str) -> Path:
+    stat = path.stat()
+    key = f"{_INDEX_FORMAT} {path.resolve()} {stat.st_size} {stat.st_mtime_ns} {settings}"
+    folder = cache_dir if cache_dir is not None else path.parent / CACHE_FOLDER
+    return folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+
+
+def _cached(path: Path, file: Path) -> ShardIndex | None:
+    if not file.is_file():
+        return None
+    try:
+        return ShardIndex.load(file, path)
+    except Exception as error:  # NumPy and zipfile raise many types for damaged files
+        logger.warning("%s: damaged index (%s), made anew", file, type(error).__name__)
+        return None
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PreflightError(
+            f"{folder}: cannot write the index of the shards here ({error.strerror or error}); "
+            "give a writable folder with --cache-dir"
+        ) from error
+
+
+def _progress_bar() -> Progress:
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,0 +1,142 @@
+"""Pub-Brain-5 and Pub-Brain-5-gt: brain MRI studies of five groups.
+
+Labels: study,Normal,Stroke,Glioma,Meningioma,Metastasis with exactly one 1 per row; a study is a rooted path that
+begins with /data/pub_brain_5/. Volumes: <data>/pub_brain_5/<…>/<study>/<scan>.pt, any size, all scans are used.
+
+Axes: N studies, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from itemizedclip_radiology.benchmarks.benchmark import Benchmark, BrainReader, Protocol, assemble, visible_entries
+from itemizedclip_radiology.data.label_table import LabelTable, read_label_csv
+from itemizedclip_radiology.data.studies import SeriesFile, Study
+
+PROMPTS = {
+    "Normal": "Study is unremarkable",
+    "Stroke": "Acute stroke",
+    "Glioma": "Glioma",
+    "Meningioma": "Meningioma",
+    "Metastasis": "Metastasis",
+}
+"""Class → text, in the published order."""
+
+TASKS: Mapping[str, tuple[str, ...]] = {
+    "stroke": ("Normal", "Stroke"),
+    "glioma": ("Normal", "Glioma"),
+    "meningioma": ("Normal", "Meningioma"),
+    "metastasis": ("Normal", "Metastasis"),
+    "tumour": ("Glioma", "Meningioma", "Metastasis"),
+    "disease": tuple(PROMPTS),
+}
+"""Task → its classes; only studies of these classes take part."""
+
+PUBLISHED_COUNTS = {
+    "pub_brain_5": {"Normal": 3984, "Stroke": 2871, "Glioma": 1614, "Meningioma": 1141, "Metastasis": 8733},
+    "pub_brain_5_gt": {"Normal": 3984, "Stroke": 2372, "Glioma": 1350, "Meningioma": 1000, "Metastasis": 238},
+}
+
+_PREFIXES = ("data/pub_brain_5/", "pub_brain_5/", "")
+
+
+def study_path(text: str) -> str:
+    """Path of a study below pub_brain_5/, such as stroke/sub-0a1b2c3d, from the label file's rooted path.
+
+    Raises:
+        ValueError: empty, or leading out of the folder.
+    """
+    path = text.strip().lstrip("/")
+    for prefix in _PREFIXES[:2]:
+        if path.startswith(prefix):
+            path = path[len(prefix) :]
+            break
+    parts = PurePosixPath(path).parts
+    if not parts or ".." in parts or "\\" in path:
+        raise ValueError(f"{text!r}; expected a path such as /data/pub_brain_5/stroke/sub-0a1b2c3d")
+    return "/".join(parts)
+
+
+def read_labels(path: str | Path) -> LabelTable:
+    """One-hot labels by study path.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_label_csv`; also a row without exactly one class.
+    """
+    table = read_label_csv(
+        path, id_columns=["study"], class_columns={name: name for name in PROMPTS}, normalise_id=study_path
+    )
+    wrong = np.flatnonzero((table.labels_NC.sum(1) != 1) | (table.labels_NC < 0).any(1))
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"{path}: study {table.ids[row]!r}: labels {table.labels_NC[row].tolist()} for {', '.join(PROMPTS)}; "
+            "expected exactly one 1"
+        )
+    return table
+
+
+def series_name(scan: Path) -> str:
+    """AX_ and what follows the last hyphen of the file's stem, the whole stem without one (as published)."""
+    return "AX_" + scan.stem.rsplit("-", 1)[-1]
+
+
+def find_data_folder(data_dir: Path, studies: list[str]) -> Path:
+    """The folder pub_brain_5 of a download, given itself, its parent, or the folder that holds data/pub_brain_5.
+
+    Raises:
+        FileNotFoundError: none of the studies is in any of these.
+    """
+    for prefix in _PREFIXES:
+        folder = data_dir / prefix
+        if any((folder / study).is_dir() for study in studies):
+            return folder
+    raise FileNotFoundError(
+        f"{data_dir}: none of the {len(studies):,} listed studies ({studies[0]}, …) is in it, in pub_brain_5/ or in "
+        "data/pub_brain_5/ below it; give the folder that holds pub_brain_5 (--data-dir)"
+    )
+
+
+def open_pub_brain_5(
+    labels_csv: str | Path, data_dir: str | Path, *, protocol: Protocol = "corrected", allow_missing: bool = False
+) -> Benchmark:
+    """Pub-Brain-5 or its subset with lesion annotation, whichever the label file lists.
+
+    A study whose folder holds no `.pt` file is left out, as published.
+    "published" reads every file as grey values 0…255, which makes files of 0…1 almost constant; "corrected" detects
+    the range of each file.
+
+    Raises:
+        FileNotFoundError: no label file, no data folder, or missing studies without allow_missing.
+        ValueError: a label file that is none.
+    """
+    table = read_labels(labels_csv)
+    folder = find_data_folder(Path(data_dir).expanduser(), table.ids)
+    found: list[Study | None] = []
+    empty: list[int] = []
+    for row, study in enumerate(table.ids):
+        # Hidden files are no scans: some systems leave them beside every file they copy.
+        scans = [scan for scan in visible_entries(folder / study) if scan.suffix == ".pt"]
+        if not scans and (folder / study).is_dir():
+            empty.append(row)
+        found.append(Study(study, tuple(SeriesFile(series_name(scan), scan) for scan in scans)) if scans else None)
+    excluded = {table.ids[row]: "its folder holds no .pt file" for row in empty}
+    kept = [row for row in range(len(table)) if row not in set(empty)]
+    benchmark = assemble(
+        name=Path(labels_csv).stem,
+        protocol=protocol,
+        table=table.rows(kept),
+        prompts=tuple(PROMPTS.values()),
+        found=[found[row] for row in kept],
+        allow_missing=allow_missing,
+        looked_in=folder,
+    )
+    benchmark.excluded = excluded
+    benchmark.reader = BrainReader("resample", grey_range="0-255" if protocol == "published" else None)
+    if protocol == "published":
+        benchmark.notes.append("published protocol: grey values read as 0…255 whatever they are")
+    return benchmark

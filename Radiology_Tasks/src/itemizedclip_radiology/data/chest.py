@@ -1,0 +1,448 @@
+"""Chest CT volumes in Hounsfield units: CT-RATE for training, single volumes for evaluation.
+
+Files: ROOT/train/train_1/train_1_a/train_1_a_1.pt (any size at 3×1×1 mm, HU), and the reports per scan, itemized.json:
+
+    {"train_1_a": {"recons": ["train_1_a_1.nii.gz"], "report": ["item", "item"]}}
+
+Axes: K item slots, D H W voxels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from itemizedclip.data.batch import BadSampleError, ItemSample
+from itemizedclip.data.items import is_normal_study, normalise_item, sample_items, sample_rng
+from itemizedclip_radiology.data.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, is_scan_name, parse_volume_name
+from itemizedclip_radiology.data.reports import StudyIndex, report_items
+from itemizedclip_radiology.data.studies import LoadedStudy, SkippedSeries, Study
+from itemizedclip_radiology.data.volume_cache import CacheType, VolumeCache
+from itemizedclip_radiology.data.volumes import (
+    CHEST_SIZE,
+    GREY_MEAN,
+    GREY_STD,
+    HounsfieldWindow,
+    Size,
+    VoxelMap,
+    check_finite,
+    chest_start,
+    excess_rescale_hu,
+    read_volume,
+    resize_chest,
+    take_box,
+)
+
+logger = logging.getLogger(__name__)
+
+FitMode = Literal["crop", "resize"]
+DoubleRescale = Literal["refuse", "undo"]
+
+
+@dataclass(frozen=True)
+class ChestInput:
+    """How a chest CT volume becomes the model's input.
+
+    Attributes:
+        window: HU that become 0 and 1.
+        fit: "crop" pads with air and crops (at random in training, centred in evaluation), "resize" interpolates.
+        size: voxels (D, H, W) of the input.
+        double_rescale: volumes whose HU were shifted down by a second rescale: "refuse", or "undo" by adding the
+            shift back (see `itemizedclip_radiology.data.volumes.excess_rescale_hu`).
+    """
+
+    window: HounsfieldWindow = field(default_factory=HounsfieldWindow)
+    fit: FitMode = "crop"
+    size: Size = CHEST_SIZE
+    double_rescale: DoubleRescale = "refuse"
+
+
+def parse_input_info(words: Sequence[str]) -> tuple[HounsfieldWindow, FitMode]:
+    """The published flag --input-info: lower HU, upper HU, crop or resize ("-1150 350 crop").
+
+    Raises:
+        ValueError: not two numbers in order and one of the words.
+    """
+    expected = "expected lower HU, upper HU and crop or resize, such as --input-info -1150 350 crop"
+    if len(words) != 3:
+        raise ValueError(f"--input-info has {len(words)} values ({' '.join(words)}); {expected}")
+    fit = words[2]
+    try:
+        window = HounsfieldWindow(float(words[0]), float(words[1]))
+    except ValueError as error:
+        raise ValueError(f"--input-info {' '.join(words)}: {error}; {expected}") from None
+    if fit not in ("crop", "resize"):
+        raise ValueError(f"--input-info {' '.join(words)}: {fit!r}; {expected}")
+    return window, "crop" if fit == "crop" else "resize"
+
+
+PUBLISHED_INPUT_INFO = ("-1150", "350", "crop")
+"""--input-info of the published recipe and evaluations."""
+
+
+@dataclass(frozen=True)
+class ChestSettings:
+    """Flags that say how chest CT volumes are read, in training, evaluation and cache building alike."""
+
+    input_info: tuple[str, str, str] | None = None
+    """Lower HU, upper HU, crop or resize; None: as the checkpoint was trained, else -1150 350 crop (published)."""
+
+    double_rescale: DoubleRescale = "refuse"
+    """Volumes whose HU were shifted down by a second rescale (CT-RATE v2): refuse them, or undo the shift."""
+
+    cache_dir: Path | None = None
+    """Folder of windowed volumes, a quarter of the bytes to read; each is built at its first use. None: no cache."""
+
+    cache_type: CacheType = "uint8"
+    """uint8 keeps 1/255 of the window (5.9 HU of the published one), float16 is twice as large and keeps 0.7 HU."""
+
+    def __post_init__(self) -> None:
+        if self.input_info is not None:
+            parse_input_info(self.input_info)
+
+    def chest_input(self, size: Size, transform: Mapping[str, Any] | None = None) -> ChestInput:
+        """How volumes become an input of `size`; without --input-info as a checkpoint's `transform` says."""
+        words = self.input_info or (transform or {}).get("input_info") or PUBLISHED_INPUT_INFO
+        window, fit = parse_input_info(words)
+        return ChestInput(window=window, fit=fit, size=size, double_rescale=self.double_rescale)
+
+    def cache(self, window: HounsfieldWindow) -> VolumeCache | None:
+        """The cache, if there is one."""
+        return None if self.cache_dir is None else VolumeCache(self.cache_dir, window=window, dtype=self.cache_type)
+
+
+@dataclass
+class ChestVolume:
+    """One volume as the model takes it.
+
+    Attributes:
+        image: float32 (1, 1, D, H, W): one series, one channel, normalised.
+        voxel_map: where its voxels lie in the file.
+    """
+
+    image: Tensor
+    voxel_map: VoxelMap
+
+
+def read_hu(path: Path, options: ChestInput) -> Tensor:
+    """A whole volume (D, H, W) in HU, memory-mapped unless a double rescale had to be undone.
+
+    Raises:
+        BadSampleError: see `read_volume` and `excess_rescale_hu`.
+    """
+    volume = read_volume(path, memory_map=True)
+    check_finite(volume, source=path)
+    shift_hu = double_rescale_hu(volume, path, options)
+    return volume + shift_hu if shift_hu else volume
+
+
+def double_rescale_hu(volume: Tensor, path: Path, options: ChestInput) -> float:
+    """HU to add to a whole volume; BadSampleError when it cannot be used."""
+    excess_hu = excess_rescale_hu(volume, source=path)
+    if excess_hu and options.double_rescale == "refuse":
+        raise BadSampleError(
+            f"{path}: values are HU minus {excess_hu:g}: slope and intercept were applied to a file that held HU "
+            "already (CT-RATE v2); convert without them, or give --double-rescale undo to add the shift back"
+        )
+    return excess_hu
+
+
+def load_chest_volume(
+    path: str | Path,
+    options: ChestInput,
+    *,
+    generator: np.random.Generator | None = None,
+    cache: VolumeCache | None = None,
+    cache_name: Path | None = None,
+) -> ChestVolume:
+    """Read, window, fit and normalise one volume.
+
+    Args:
+        path: `.pt` file of HU.
+        options: window, size and fit.
+        generator: draws the position of the padded crop (training); None centres it.
+        cache: read the windowed volume from here, building it at first use.
+        cache_name: its place in the cache, such as train/train_1/train_1_a/train_1_a_1.pt; default the file's name.
+
+    Raises:
+        BadSampleError: the file cannot be used, see `read_volume` and `excess_rescale_hu`.
+    """
+    path = Path(path)
+    if cache is not None:
+        if cache.window != options.window:
+            raise ValueError(f"the cache has {cache.window}, the input {options.window}; give both the same")
+        if not path.is_file():
+            raise BadSampleError(f"{path}: no such file; expected a chest CT volume in HU")
+        cached = cache.open(cache_name or Path(path.name), path, lambda: read_hu(path, options))
+        if options.fit == "resize":
+            windowed, voxel_map = resize_chest(cached.read_box((0, 0, 0), cached.shape), options.size)
+        else:
+            start = chest_start(cached.shape, options.size, generator)
+            windowed, voxel_map = cached.read_box(start, options.size), VoxelMap.of_box(start)
+    elif options.fit == "resize":
+        windowed, voxel_map = resize_chest(options.window.apply(read_hu(path, options)), options.size)
+    else:
+        windowed, voxel_map = _windowed_crop(path, options, generator)
+    image = windowed.sub_(GREY_MEAN).div_(GREY_STD)
+    return ChestVolume(image[None, None], voxel_map)
+
+
+def _windowed_crop(path: Path, options: ChestInput, generator: np.random.Generator | None) -> tuple[Tensor, VoxelMap]:
+    """Pad and crop, reading and windowing only what the crop needs."""
+    volume = read_volume(path, memory_map=True)
+    start = chest_start(volume.shape, options.size, generator)
+    # The lower end of the window is what padding means: 0 after windowing.
+    fill = options.window.hu_min
+    inside = volume[tuple(slice(max(s, 0), max(s, 0) + m) for s, m in zip(start, options.size))]
+    check_finite(inside, source=path)
+    inside_hu = inside.float()
+    if not _shows_hu(inside_hu, path):
+        inside_hu = inside_hu + double_rescale_hu(volume, path, options)
+    box = take_box(inside_hu, [min(s, 0) for s in start], options.size, fill=fill)
+    return options.window.apply(box), VoxelMap.of_box(start)
+
+
+def _shows_hu(part_hu: Tensor, path: Path) -> bool:
+    """Whether a part of a volume alone shows that its values are HU; a crop beside the body does not."""
+    try:
+        return excess_rescale_hu(part_hu, source=path) == 0
+    except BadSampleError:
+        return False
+
+
+@dataclass(frozen=True)
+class ChestReader:
+    """Chest CT volumes of a benchmark (see `itemizedclip_radiology.benchmarks.benchmark.StudyReader`).
+
+    Attributes:
+        root: folder of the volumes; places in the cache are relative to it.
+        options: window, fit, double rescale; the size is the model's.
+        cache: read windowed volumes from here, building them at first use.
+    """
+
+    root: Path
+    options: ChestInput = field(default_factory=ChestInput)
+    cache: VolumeCache | None = None
+
+    def read(self, study: Study, size: Size) -> LoadedStudy:
+        """The one volume of a study."""
+        (file,) = study.series
+        volume = load_chest_volume(
+            file.path,
+            replace(self.options, size=size),
+            cache=self.cache,
+            cache_name=file.path.relative_to(self.root),
+        )
+        return LoadedStudy(
+            image=volume.image,
+            names=[file.name],
+            series_names=None,
+            sources=[file.path],
+            voxel_maps=[volume.voxel_map],
+            grey_ranges=[],
+            skipped=[],
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What scores depend on, besides the size, which is part of the model's config."""
+        return {
+            "hu_window": [self.options.window.hu_min, self.options.window.hu_max],
+            "fit": self.options.fit,
+            "double_rescale": self.options.double_rescale,
+            "cache": None if self.cache is None else self.cache.dtype,
+        }
+
+
+def find_ct_rate_root(data_root: str | Path | None = None) -> Path:
+    """CT-RATE's folder of `.pt` volumes, by default DATA_ROOT in the environment.
+
+    Raises:
+        ValueError: none given.
+        FileNotFoundError: no such folder, or no train/ or valid/ in it.
+    """
+    given = data_root or os.environ.get("DATA_ROOT")
+    if not given:
+        raise ValueError("no CT-RATE folder given: set --data-root or DATA_ROOT to the folder of train/ and valid/")
+    root = Path(given).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder (--data-root, DATA_ROOT)")
+    if not any((root / split).is_dir() for split in ("train", "valid")):
+        raise FileNotFoundError(f"{root}: holds neither train/ nor valid/; give CT-RATE's folder of .pt volumes")
+    return root
+
+
+def find_items_json(items_json: str | Path | None = None) -> Path:
+    """The item file of the training scans, by default ITEMS_JSON in the environment.
+
+    Raises:
+        ValueError: none given.
+        FileNotFoundError: no such file.
+    """
+    given = items_json or os.environ.get("ITEMS_JSON")
+    if not given:
+        raise ValueError("no item file given: set --items-json or ITEMS_JSON to CT-RATE's itemized.json")
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the items of each scan (--items-json, ITEMS_JSON)")
+    return path
+
+
+class ChestCTDataset(Dataset[ItemSample]):
+    """Scans of CT-RATE with the items of their reports, lower-cased.
+
+    Training: one reconstruction of the scan at random per epoch, a random padded crop, K random items. Evaluation: the
+    first reconstruction, a centred crop, all items in order. All random choices follow from (seed, epoch, index).
+
+    A reconstruction that is missing or cannot be used is skipped for another one of the scan, logged once and counted
+    (`skipped_recons`); a scan without any raises BadSampleError. Images are float32 (1, 1, D, H, W).
+    """
+
+    def __init__(
+        self,
+        *,
+        data_root: str | Path,
+        items_json: str | Path,
+        is_train: bool,
+        num_items: int,
+        seed: int,
+        options: ChestInput | None = None,
+        cache: VolumeCache | None = None,
+        on_bad_sample: Literal["skip", "stop"] = "stop",
+    ) -> None:
+        """Open the scans of an item file; reads no volume.
+
+        Args:
+            data_root: folder that holds train/ and valid/.
+            items_json: reports and reconstructions per scan.
+            is_train: see above.
+            num_items: K, items drawn per training scan; not used in evaluation.
+            seed: seed of all random choices.
+            options: window, size, fit.
+            cache: read windowed volumes from here, building them at first use.
+            on_bad_sample: what to do about JSON entries that cannot be used: "stop" raises, "skip" leaves them out.
+
+        Raises:
+            FileNotFoundError: no JSON file.
+            ValueError: num_items below 1, no usable scan, or a cache with another window.
+            BadSampleError: a JSON entry that cannot be used, with on_bad_sample="stop"; names scan and field.
+        """
+        if num_items < 1:
+            raise ValueError(f"num_items must be at least 1, got {num_items}")
+        self.options = options or ChestInput()
+        if cache is not None and cache.window != self.options.window:
+            raise ValueError(f"the cache has {cache.window}, the input {self.options.window}; give both the same")
+        self.data_root = Path(data_root).expanduser()
+        self.is_train = is_train
+        self.num_items = num_items
+        self.seed = seed
+        self.cache = cache
+        self.index = StudyIndex(items_json, _check_scan, on_bad_sample=on_bad_sample)
+        self.skipped_recons = SkippedSeries([len(self.index[i]["recons"]) for i in range(len(self.index))])
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> ItemSample:
+        """Scan of an index, or of (epoch, index); an index alone means epoch 0.
+
+        Raises:
+            IndexError: index outside the dataset.
+            BadSampleError: no reconstruction of the scan can be used.
+        """
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        entry = self.index[index]
+        scan, recons, items = entry["study"], entry["recons"], entry["report"]
+        generator: np.random.Generator | None = None
+        order = list(range(len(recons)))
+        if self.is_train:
+            generator = sample_rng(self.seed, epoch, index)
+            # Items first: how many random numbers a crop takes must not change them.
+            drawn_items = sample_items(items, self.num_items, generator)
+            order = generator.permutation(len(recons)).tolist()
+        else:
+            drawn_items = list(items)
+        image = self._first_usable(index, scan, recons, order, generator)
+        return ItemSample(
+            sample_id=scan, image=image, items=drawn_items, is_normal=is_normal_study(items, chest_ct=True)
+        )
+
+    def _first_usable(
+        self, index: int, scan: str, recons: list[str], order: list[int], generator: np.random.Generator | None
+    ) -> Tensor:
+        messages = []
+        for recon in order:
+            name = parse_volume_name(recons[recon]).path
+            try:
+                return load_chest_volume(
+                    self.data_root / name, self.options, generator=generator, cache=self.cache, cache_name=name
+                ).image
+            except BadSampleError as error:
+                messages.append(f"scan {scan}: {error}")
+                self.skipped_recons.add(index, recon, messages[-1])
+        more = f" (and {len(messages) - 1} more reconstructions)" if len(messages) > 1 else ""
+        raise BadSampleError(f"{messages[0]}{more}: no reconstruction of this scan can be used")
+
+    def items_of(self, index: int) -> list[str]:
+        """All items of a scan, in the report's order."""
+        return self.index[index]["report"]
+
+    def without_folder(self) -> list[str]:
+        """Scans whose patient has no folder, in order: one listing per split, however many scans there are."""
+        on_disk: dict[str, set[str]] = {}
+        absent = []
+        for row in range(len(self)):
+            volume = parse_volume_name(self.index[row]["recons"][0])
+            if volume.split not in on_disk:
+                folder = self.data_root / volume.split
+                on_disk[volume.split] = set(os.listdir(folder)) if folder.is_dir() else set()
+            if f"{volume.split}_{volume.patient}" not in on_disk[volume.split]:
+                absent.append(volume.scan)
+        return absent
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str | int]:
+        """What a checkpoint remembers of this split. JSON-able."""
+        return {
+            "json_sha256": hashlib.sha256(self.index.path.read_bytes()).hexdigest(),
+            "num_studies": len(self),
+            "num_skipped": len(self.index.skipped),
+        }
+
+
+def _check_scan(scan: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Reconstructions (without the excluded ones) and lower-cased items of one scan."""
+    if not is_scan_name(scan):
+        raise ValueError(f"key {scan!r}; expected a scan name such as train_12_b")
+    recons = entry.get("recons")
+    if not isinstance(recons, list) or not all(isinstance(name, str) for name in recons):
+        found = "nothing" if recons is None else repr(recons)[:60]
+        raise ValueError(f"field 'recons': expected a list of volume names, found {found}")
+    stems = []
+    for name in recons:
+        try:
+            volume = parse_volume_name(name)
+        except ValueError as error:
+            raise ValueError(f"field 'recons': {error}") from None
+        if volume.scan != scan:
+            raise ValueError(f"field 'recons': {name!r} is no reconstruction of this scan")
+        if volume.stem not in EXCLUDED_RECONSTRUCTIONS:
+            stems.append(volume.stem)
+    if not stems:
+        raise ValueError(f"field 'recons': no reconstruction left of {recons}")
+    if "report" not in entry:
+        raise ValueError("field 'report' is missing; expected a list of texts")
+    try:
+        items = report_items(entry["report"])
+    except ValueError as error:
+        raise ValueError(f"field 'report': {error}") from None
+    return {"recons": stems, "report": [normalise_item(item) for item in items]}

@@ -1,0 +1,547 @@
+"""What a viewer opens with a radiology model: one study or scan, as the model takes it and as people look at it.
+
+Read, for a brain model (several series):
+    STUDY/SERIES/img.pt             the training layout
+    STUDY/SERIES/img_{blood,bone,brain}.pt   RSNA and CQ500, also the SERIES folder alone
+    STUDY/SCAN.pt                   Pub-Brain-5
+    one .pt file, one NIfTI file, a folder of NIfTI files, a folder of DICOM series
+and for a chest model (one volume): one .pt file, one NIfTI file, a DICOM series, or a folder that holds just one.
+
+A NIfTI file or DICOM series of a brain is prepared as the Pub-Brain-5 files were: columns to the right, rows to the
+back, slices to the feet, the axis of the largest spacing as slices; grey values clipped at the 0.5 and 99.5
+percentiles. A head CT becomes three series, one per window of `HEAD_WINDOWS_HU`. A chest is prepared as CT-RATE was:
+HU, trilinear to 3×1×1 mm, window, centred pad and crop.
+
+Axes: S series, D H W voxels, of a view in its file's own grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.items import normalise_item, read_json
+from itemizedclip.models.factory import LoadedModel
+from itemizedclip.viewer.geometry import Geometry
+from itemizedclip.viewer.inputs import FileGrid, InputView, ModelInput
+from itemizedclip_radiology.benchmarks.benchmark import visible_entries
+from itemizedclip_radiology.benchmarks.head_ct import (
+    WINDOWS,
+    cq500_window_files,
+    rsna_id,
+    rsna_window_files,
+    window_folders,
+)
+from itemizedclip_radiology.benchmarks.pub_brain_5 import series_name as pub_brain_5_name
+from itemizedclip_radiology.data.chest import ChestInput, ChestSettings, double_rescale_hu
+from itemizedclip_radiology.data.ct_rate_tree import parse_volume_name
+from itemizedclip_radiology.data.reports import report_items
+from itemizedclip_radiology.data.scans import (
+    DicomSeries,
+    OrientedScan,
+    Scan,
+    find_dicom_series,
+    is_nifti,
+    looks_like_hu,
+    orient,
+    read_dicom,
+    read_nifti,
+    series_text,
+    usable_series,
+)
+from itemizedclip_radiology.data.studies import Preparation, SeriesFile, load_study
+from itemizedclip_radiology.data.volumes import (
+    GREY_MEAN,
+    GREY_STD,
+    HounsfieldWindow,
+    Size,
+    VoxelMap,
+    chest_start,
+    normalise_grey,
+    padded_in_plane,
+    read_volume,
+    resample_brain,
+    resize_chest,
+    take_box,
+)
+from itemizedclip_radiology.models.series_names import encode_series_names
+
+HEAD_WINDOWS_HU: Mapping[str, HounsfieldWindow] = {
+    "BloodWindow": HounsfieldWindow(-20, 180),
+    "BoneWindow": HounsfieldWindow(-800, 2000),
+    "BrainWindow": HounsfieldWindow(0, 80),
+}
+"""Last part of a head CT's series name → HU shown as black and white.
+
+The published preparation does not say its limits. These are the ones radiologists read hemorrhage with: level 80 width
+200 (subdural), level 600 width 2800 (bone), level 40 width 80 (brain).
+"""
+
+BRAIN_CODES, CHEST_CODES = "RPI", "LPS"
+"""Where columns, rows and slices are counted to in the converted files of either kind."""
+
+CHEST_SPACING_MM = (3.0, 1.0, 1.0)
+"""Spacing (D, H, W) of the chest model's input, and of every chest `.pt` file."""
+
+BRAIN_PERCENTILES = 0.5, 99.5
+"""Grey values of an MRI beyond these become black and white."""
+
+_TRAINING_FILE = "img.pt"
+_NOT_SCANS = ("seg", "mask")  # in the name of a NIfTI file: somebody's outlines, as the published converter knows them
+_MOST_LISTED = 8
+
+Body = Literal["brain", "chest"]
+
+
+def body_of(config: Mapping[str, Any]) -> Body:
+    """What a radiology model reads: whole studies of the head, or single chest volumes.
+
+    A model that attends over a study, or reads series names, is made for several series; a chest model is neither.
+    """
+    vision = config["vision_cfg"]
+    return "brain" if vision.get("series_names") or "study" in vision["block_scopes"] else "chest"
+
+
+def open_input(source: Path, loaded: LoadedModel, chest: ChestInput | None = None) -> ModelInput:
+    """Read a study or scan for a radiology model (entry point `itemizedclip.inputs`).
+
+    Args:
+        source: a file or folder, see the module's docstring; a DICOM file stands for its series.
+        loaded: a model of this wing.
+        chest: window, fit and what to do about a double rescale; its size is the model's. Default: as the checkpoint
+            was trained, else as published.
+
+    Raises:
+        BadSampleError: nothing there, nothing that can be read, or several scans for a chest model.
+    """
+    if not source.exists():
+        raise BadSampleError(f"{source}: no such file or folder; expected a study folder, a .pt, NIfTI or DICOM scan")
+    size: Size = tuple(loaded.config["vision_cfg"]["volume_size"])
+    if body_of(loaded.config) == "chest":
+        options = chest or ChestSettings().chest_input(size, loaded.meta.get("transform"))
+        series, notes = _open_chest(source, replace(options, size=size))
+    else:
+        series, notes = _open_brain(source, size)
+    names = [one.view.name for one in series]
+    return ModelInput(
+        name=_name_of(source),
+        image=torch.stack([one.image for one in series]),
+        views=[one.view for one in series],
+        series_names=encode_series_names(names) if loaded.config["vision_cfg"].get("series_names") else None,
+        items=report_beside(source.resolve()),
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Series:
+    """One series: (1, D, H, W) as the model takes it, and its view."""
+
+    image: Tensor
+    view: InputView
+
+
+def _name_of(source: Path) -> str:
+    """For titles and file names; a training file says nothing by its own name."""
+    path = source.resolve()
+    if path.name == _TRAINING_FILE or path.name in WINDOWS:
+        return f"{path.parent.parent.name}/{path.parent.name}"
+    return path.name
+
+
+def report_beside(path: Path) -> list[str]:
+    """The items of a study's report, where the index of its data set lies at its usual place.
+
+    Brain studies: train.json, valid.json or val.json in the data set's folder or its parent. CT-RATE: itemized.json
+    four folders above a volume, items lower-cased as in training.
+    """
+    if path.name in (_TRAINING_FILE, *WINDOWS):
+        path = path.parent.parent
+    if path.suffix == ".pt" and _is_ct_rate(path) and len(path.parents) > 3:
+        name, candidates = parse_volume_name(path.name).scan, [path.parents[3] / "itemized.json"]
+    else:
+        name = path.name
+        folders = [path.parent, path.parent.parent]
+        candidates = [folder / f"{split}.json" for folder in folders for split in ("train", "valid", "val")]
+    for candidate in candidates:
+        if not candidate.is_file():
+            continue
+        try:
+            entries = read_json(candidate, holding="studies")
+            report = entries[name]["report"] if isinstance(entries, dict) and name in entries else None
+            items = [] if report is None else report_items(report)
+        except (ValueError, KeyError, TypeError):
+            continue  # another kind of file, which is not asked for here
+        if items:
+            return [normalise_item(item) for item in items] if candidate.name == "itemized.json" else items
+    return []
+
+
+# --- what is in a file or folder -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a source holds; one of the three lists is filled.
+
+    Attributes:
+        tensors: `.pt` files.
+        prepare: how they become volumes, see `itemizedclip_radiology.data.studies`.
+        nifti: NIfTI files.
+        dicom: whether to look for DICOM series.
+        notes: what was left out.
+    """
+
+    tensors: list[SeriesFile] = field(default_factory=list)
+    prepare: Preparation = "crop"
+    nifti: list[Path] = field(default_factory=list)
+    dicom: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def _find(source: Path) -> _Found:
+    if source.is_file():
+        if source.suffix == ".pt":
+            return _Found([_single_tensor(source)])
+        return _Found(nifti=[source]) if is_nifti(source) else _Found(dicom=True)
+    entries = visible_entries(source)
+    training = [entry / _TRAINING_FILE for entry in entries if (entry / _TRAINING_FILE).is_file()]
+    if training:
+        return _Found([SeriesFile(path.parent.name, path) for path in training])
+    if any((source / name).is_file() for name in WINDOWS):
+        return _Found(_windows(source, source.parent.name))
+    folders = window_folders(source)
+    if folders:
+        first_only = _is_rsna(source.name)
+        notes = [f"of {len(folders)} series the first is read, as in RSNA"] if first_only and len(folders) > 1 else []
+        used = folders[:1] if first_only else folders
+        return _Found([file for folder in used for file in _windows(folder, source.name)], notes=notes)
+    tensors = [entry for entry in entries if entry.suffix == ".pt"]
+    if (source / _TRAINING_FILE).is_file() and len(tensors) == 1:
+        return _Found([SeriesFile(source.name, source / _TRAINING_FILE)])
+    if tensors:
+        return _Found([SeriesFile(pub_brain_5_name(path), path) for path in tensors], "resample")
+    volumes = sorted(path for path in source.rglob("*") if is_nifti(path) and not path.name.startswith("."))
+    scans = [path for path in volumes if not any(word in _nifti_name(path).lower() for word in _NOT_SCANS)]
+    if scans:
+        left_out = [path.name for path in volumes if path not in scans]
+        notes = [f"not read, as their names say segmentation: {_listed(left_out)}"] if left_out else []
+        return _Found(nifti=scans, notes=notes)
+    return _Found(dicom=True)
+
+
+def _is_rsna(study: str) -> bool:
+    try:
+        rsna_id(study)
+    except ValueError:
+        return False
+    return True
+
+
+def _windows(folder: Path, study: str) -> list[SeriesFile]:
+    return rsna_window_files(folder) if _is_rsna(study) else cq500_window_files(folder)
+
+
+def _single_tensor(path: Path) -> SeriesFile:
+    if path.name == _TRAINING_FILE:
+        return SeriesFile(path.resolve().parent.name, path)
+    if path.name in WINDOWS:
+        folder = path.resolve().parent
+        return next(file for file in _windows(folder, folder.parent.name) if file.path.name == path.name)
+    return SeriesFile(pub_brain_5_name(path), path)
+
+
+def _nifti_name(path: Path) -> str:
+    """The part of a NIfTI file's name that tells its series: what follows the last hyphen, or its folder's name."""
+    stem = path.name[: path.name.lower().rindex(".nii")]
+    if stem.lower() in ("series", "img", "image", "scan"):
+        parents = [parent.name for parent in path.resolve().parents if parent.name.lower() != "nifti"]
+        return parents[0] if parents else stem
+    return stem.rsplit("-", 1)[-1] or stem
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_LISTED
+    return ", ".join(names[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _nothing(source: Path, body: Body, left_out: Sequence[str] = ()) -> BadSampleError:
+    for depth in ("*/*", "*/*/*"):
+        first = next(source.glob(f"{depth}/{_TRAINING_FILE}"), None) if source.is_dir() else None
+        if first is not None:
+            return BadSampleError(f"{source}: holds studies; give the folder of one, such as {first.parent.parent}")
+    expected = {
+        "brain": "STUDY/SERIES/img.pt, SCAN.pt, NIfTI files or DICOM series of CT or MR",
+        "chest": "one .pt volume in HU, one NIfTI file or one DICOM series of CT",
+    }[body]
+    found = f" ({'; '.join(left_out[:_MOST_LISTED])})" if left_out else ""
+    return BadSampleError(f"{source}: holds no scan{found}; expected {expected}")
+
+
+# --- brain MRI and head CT -------------------------------------------------------------------------------------------
+
+
+def _open_brain(source: Path, size: Size) -> tuple[list[_Series], list[str]]:
+    found = _find(source)
+    notes = list(found.notes)
+    if found.tensors:
+        prepare = found.prepare
+        if source.is_file() and not _fits(source, size):
+            prepare = "resample"
+        series, more = _brain_tensors(source.name, found.tensors, prepare, size)
+        return series, [*notes, *more]
+    series = []
+    problems: list[str] = []
+    for scan in _scans(source, found, notes, problems):
+        try:
+            series += _brain_scan(scan, size)
+        except BadSampleError as error:
+            problems.append(str(error))
+            continue
+        notes += scan.notes
+    if not series:
+        raise BadSampleError(problems[0]) if problems else _nothing(source, "brain")
+    return series, [*notes, *(f"series left out: {problem}" for problem in problems)]
+
+
+def _scans(source: Path, found: _Found, notes: list[str], problems: list[str]) -> list[Scan]:
+    """NIfTI files and DICOM series; those that cannot be read are added to `problems`, remarks to `notes`."""
+    scans: list[Scan] = []
+    dicom: list[DicomSeries] = []
+    if found.dicom:
+        dicom, left_out = usable_series(find_dicom_series(source))
+        notes += left_out
+        if not dicom:
+            raise _nothing(source, "brain", left_out)
+    for path in found.nifti:
+        try:
+            scan = read_nifti(path)
+        except BadSampleError as error:
+            problems.append(str(error))
+            continue
+        scans.append(Scan(_nifti_name(path), scan.voxels, scan.affine, path, scan.modality, scan.notes))
+    for one in dicom:
+        try:
+            scans.append(read_dicom(one))
+        except BadSampleError as error:
+            problems.append(str(error))
+    return scans
+
+
+def _fits(path: Path, size: Size) -> bool:
+    """Whether a `.pt` file already has the model's size, with or without the margin."""
+    shape = read_volume(path, memory_map=True, allow_channels=True).shape
+    return shape[0] == size[0] and all(m <= n <= padded_in_plane(m) for n, m in zip(shape[1:], size[1:]))
+
+
+def _brain_tensors(
+    study: str, files: Sequence[SeriesFile], prepare: Preparation, size: Size
+) -> tuple[list[_Series], list[str]]:
+    """`.pt` files of grey values, as the zero-shot evaluations read them."""
+    loaded = load_study(study, files, size=size, prepare=prepare)
+    series = []
+    for number, name in enumerate(loaded.names):
+        volume = read_volume(loaded.sources[number], allow_channels=prepare == "resample")
+        white = 255.0 if loaded.grey_ranges[number] == "0-255" else 1.0
+        grey = (volume.float() * (255 / white)).round_().clamp_(0, 255).to(torch.uint8).numpy()
+        geometry = _of_voxel_map(Geometry.of_input(grey.shape), loaded.voxel_maps[number], size)
+        grid = assumed_grid(grey.shape, BRAIN_CODES, (1.0, 1.0, 1.0))
+        series.append(_Series(loaded.image[number], InputView(name, grey, "grey", geometry, file_grid=grid)))
+    notes = [f"series left out: {message}" for _, message in loaded.skipped]
+    notes.append(
+        ".pt files say nothing about voxel size and orientation: written volumes have voxels of 1 mm, counted as the "
+        "brain format is (columns to the right, rows to the back, slices to the feet)"
+    )
+    return series, notes
+
+
+def _brain_scan(scan: Scan, size: Size) -> list[_Series]:
+    """One MRI series, or the three windows of a head CT."""
+    turned = orient(scan, BRAIN_CODES, largest_spacing_first=True)
+    is_ct = scan.modality == "CT" or (not scan.modality and looks_like_hu(scan.voxels))
+    name = series_text(scan.name, turned.plane)
+    if is_ct:
+        hu = _int16(turned.voxels)
+        if not looks_like_hu(hu):
+            raise BadSampleError(
+                f"{scan.source}: CT with values from {hu.min()} to {hu.max()}; expected HU, air near -1000 and soft "
+                "tissue near 0: convert it again with its slope and intercept"
+            )
+        scan.notes.append(f"{name}: head CT in HU, read as {len(HEAD_WINDOWS_HU)} series by window")
+        stem = name.removeprefix("AX_")
+        return [
+            _brain_series(f"{stem}_AX_{word}", hu, window.apply(torch.from_numpy(hu)), turned, size, window)
+            for word, window in HEAD_WINDOWS_HU.items()
+        ]
+    low, high = np.percentile(turned.voxels, BRAIN_PERCENTILES)
+    if not high > low:
+        raise BadSampleError(f"{scan.source}: nearly every voxel is {low:g}; expected the grey values of a scan")
+    unit = (np.clip(turned.voxels, low, high).astype(np.float32) - np.float32(low)) / np.float32(high - low)
+    grey = np.rint(unit * 255).astype(np.uint8)
+    return [_brain_series(name, grey, torch.from_numpy(np.ascontiguousarray(unit)), turned, size, None)]
+
+
+def _brain_series(
+    name: str, values: np.ndarray, unit: Tensor, turned: OrientedScan, size: Size, window: HounsfieldWindow | None
+) -> _Series:
+    """A series of grey values 0…1 at the file's own size."""
+    volume, voxel_map = resample_brain(unit, size)
+    view = InputView(
+        name,
+        values,
+        "grey" if window is None else "hu",
+        _of_voxel_map(Geometry.of_input(values.shape), voxel_map, size),
+        spacing_mm=turned.spacing_mm,
+        affine=turned.affine,
+        window_hu=None if window is None else (window.hu_min, window.hu_max),
+        file_grid=turned.file_grid,
+    )
+    return _Series(normalise_grey(volume, "0-1")[None], view)
+
+
+def assumed_grid(shape: Sequence[int], codes: str, spacing_mm: tuple[float, float, float]) -> FileGrid:
+    """The grid of a `.pt` file (D, H, W): columns, rows and slices counted to where `codes` says, from the origin."""
+    D, H, W = shape
+    signs = [1.0 if code in "RAS" else -1.0 for code in codes]
+    affine = np.diag([*(sign * mm for sign, mm in zip(signs, spacing_mm[::-1])), 1.0])
+    return FileGrid((W, H, D), affine, (2, 1, 0), (False, False, False))
+
+
+def _int16(voxels: np.ndarray) -> np.ndarray:
+    """HU as whole numbers, contiguous."""
+    limits = np.iinfo(np.int16)
+    return np.ascontiguousarray(np.rint(np.clip(voxels, limits.min, limits.max)).astype(np.int16))
+
+
+def _of_voxel_map(geometry: Geometry, voxel_map: VoxelMap, size: Size) -> Geometry:
+    """`geometry` followed by the change of a voxel map: the map counts voxel centres, the geometry edges."""
+    scale = tuple(s / m for s, m in zip(geometry.scale, voxel_map.scale))
+    offset = tuple((o + at + 0.5) / m - 0.5 for o, at, m in zip(geometry.offset, voxel_map.offset, voxel_map.scale))
+    return Geometry(geometry.input_size, size, scale, offset)
+
+
+# --- chest CT --------------------------------------------------------------------------------------------------------
+
+
+def _open_chest(source: Path, options: ChestInput) -> tuple[list[_Series], list[str]]:
+    found = _find(source)
+    notes = list(found.notes)
+    if found.tensors:
+        _refuse_several(source, [str(file.path) for file in found.tensors])
+        path = found.tensors[0].path
+        notes.append(
+            "a .pt file says nothing about voxel size and orientation: those of the chest format are taken, 3×1×1 mm, "
+            "columns to the left, rows to the back, slices to the head"
+        )
+        hu = read_volume(path)
+        grid = assumed_grid(hu.shape, CHEST_CODES, CHEST_SPACING_MM)
+        series = _chest_series(path.stem, path, hu, options, notes, spacing_mm=CHEST_SPACING_MM, file_grid=grid)
+        return [series], notes
+    scan = _one_scan(source, found, notes)
+    is_ct_rate = _is_ct_rate(scan.source)
+    turned = orient(scan, None if is_ct_rate else CHEST_CODES)
+    if is_ct_rate:
+        notes.append("a CT-RATE file: its axes are taken in their stored order, as the published converter does")
+    notes += scan.notes
+    hu = torch.from_numpy(np.ascontiguousarray(turned.voxels)).float()
+    series = _chest_series(
+        scan.name or _name_of(scan.source),
+        scan.source,
+        hu,
+        options,
+        notes,
+        spacing_mm=turned.spacing_mm,
+        affine=turned.affine,
+        file_grid=turned.file_grid,
+    )
+    return [series], notes
+
+
+def _one_scan(source: Path, found: _Found, notes: list[str]) -> Scan:
+    """The one NIfTI file or DICOM series of a source; of several series one has to be chosen by its file."""
+    if found.dicom:
+        dicom, left_out = usable_series(find_dicom_series(source))
+        notes += left_out
+        ct = [one for one in dicom if one.modality == "CT"]
+        if not ct:
+            raise _nothing(source, "chest", left_out)
+        _refuse_several(source, [one.label for one in ct])
+        return read_dicom(ct[0])
+    if not found.nifti:
+        raise _nothing(source, "chest")
+    _refuse_several(source, [str(path) for path in found.nifti])
+    return read_nifti(found.nifti[0])
+
+
+def _refuse_several(source: Path, names: Sequence[str]) -> None:
+    if len(names) > 1:
+        listed = "".join(f"\n  {name}" for name in names[:_MOST_LISTED])
+        more = f"\n  and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+        raise BadSampleError(
+            f"{source}: holds {len(names)} scans, and a chest model reads one; give one of them (a DICOM file stands "
+            f"for its series):{listed}{more}"
+        )
+
+
+def _is_ct_rate(path: Path) -> bool:
+    try:
+        parse_volume_name(path.name)
+    except ValueError:
+        return False
+    return True
+
+
+def _chest_series(name: str, source: Path, hu: Tensor, options: ChestInput, notes: list[str], **where: Any) -> _Series:
+    """One chest volume in HU at the file's own size."""
+    hu = hu.float()
+    shift_hu = double_rescale_hu(hu, source, options)
+    if shift_hu:
+        hu = hu + shift_hu
+        notes.append(f"values were HU minus {shift_hu:g}, rescaled twice; added back")
+    own_size = tuple(hu.shape)
+    geometry = Geometry.of_input(own_size)
+    volume, geometry = _at_chest_spacing(hu, where["spacing_mm"], geometry)
+    if options.fit == "resize":
+        windowed, _ = resize_chest(options.window.apply(volume), options.size)
+        geometry = geometry.resize(options.size)
+    else:
+        start = chest_start(volume.shape, options.size, None)
+        # The lower end of the window is what padding means: 0 after windowing.
+        windowed = options.window.apply(take_box(volume, start, options.size, fill=options.window.hu_min))
+        geometry = geometry.crop(start, options.size)
+        cut = [max(0, n - m) for n, m in zip(volume.shape, options.size)]
+        if any(cut):
+            notes.append(
+                f"the model sees the middle {'×'.join(str(min(n, m)) for n, m in zip(volume.shape, options.size))} of "
+                f"{'×'.join(map(str, volume.shape))} voxels; the rest is outside its crop"
+            )
+    view = InputView(
+        name,
+        _int16(hu.numpy()),
+        "hu",
+        geometry,
+        window_hu=(options.window.hu_min, options.window.hu_max),
+        **where,
+    )
+    return _Series(windowed.sub_(GREY_MEAN).div_(GREY_STD)[None], view)
+
+
+def _at_chest_spacing(
+    hu: Tensor, spacing_mm: tuple[float, float, float], geometry: Geometry
+) -> tuple[Tensor, Geometry]:
+    """Trilinear to 3×1×1 mm; a size is cut to whole voxels, as published."""
+    if np.allclose(spacing_mm, CHEST_SPACING_MM, rtol=0, atol=1e-3):
+        return hu, geometry
+    # Headers hold spacings as float32: what falls short of a whole voxel by their rounding is whole.
+    sizes = (n * own / wanted + 1e-3 for n, own, wanted in zip(hu.shape, spacing_mm, CHEST_SPACING_MM))
+    d, h, w = (max(1, int(size)) for size in sizes)
+    resized = F.interpolate(hu[None, None], size=(d, h, w), mode="trilinear", align_corners=False)[0, 0]
+    return resized, geometry.resize((d, h, w))

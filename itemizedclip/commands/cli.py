@@ -1,0 +1,65 @@
+"""The command `itemizedclip`: one subcommand per thing a user does without a wing.
+
+itemizedclip demo       train on itemized scenes, evaluate, draw where each item looked
+itemizedclip index      encode a folder of images once, so that search finds them
+itemizedclip search     find images of an index by text, and where each text looked
+itemizedclip report     one image or study and where each of its items looked, as one HTML file
+itemizedclip explain    the same as pictures and NIfTI volumes, or as numbers over a set
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from itemizedclip.runtime.flags import ending_quietly
+
+COMMANDS = {
+    "demo": (
+        "itemizedclip.commands.demo",
+        "train on the embedded itemized scenes, evaluate, draw an attention picture",
+    ),
+    "index": ("itemizedclip.commands.index", "encode a folder of images once, so that search finds them"),
+    "search": ("itemizedclip.commands.search", "find images of an index by text, and where each text looked"),
+    "report": (
+        "itemizedclip.commands.report",
+        "one image or study and where each of its items looked, as one HTML file",
+    ),
+    "explain": ("itemizedclip.commands.explain", "the same as pictures and NIfTI volumes, or as numbers over a set"),
+}
+"""Name → (module with `main(argv)`, one line for --help)."""
+
+
+def usage() -> str:
+    """The text of `itemizedclip --help`."""
+    lines = [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: itemizedclip COMMAND [flags]        itemizedclip COMMAND --help",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "Training on your own and the published data sets: train_*.sh in the project folder.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a subcommand; exits 2 with the list of commands when there is no such one."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(usage())
+        return
+    if not arguments or arguments[0] not in COMMANDS:
+        problem = f"no command named {arguments[0]}" if arguments else "no command given"
+        print(f"itemizedclip: {problem}\n\n{usage()}", file=sys.stderr)
+        raise SystemExit(2)
+    module, _ = COMMANDS[arguments[0]]
+    with ending_quietly():
+        importlib.import_module(module).main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

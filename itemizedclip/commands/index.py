@@ -1,0 +1,234 @@
+"""`itemizedclip index IMAGES --checkpoint FILE`: encode a folder of images once, so that they can be searched.
+
+Under several processes: torchrun --nproc_per_node 4 -- -m itemizedclip.commands.index IMAGES --checkpoint FILE
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from itemizedclip.evaluation.encoding import EncodingOptions
+from itemizedclip.evaluation.results import file_sha256, progress_bar
+from itemizedclip.models.factory import CheckpointError, LoadedModel, create_transform, transform_spec
+from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.precision import resolve_precision
+from itemizedclip.runtime.processes import Ranks, launch, on_main
+from itemizedclip.search.build import BuildReport, build_index
+from itemizedclip.search.index import ImageIndex, load_photograph_model
+from itemizedclip.search.plan import BuildOptions
+from itemizedclip.search.recall import BUILT_IN_QUERIES, PrefilterRecall
+from itemizedclip.search.store import FeatureSource, FeatureStore, Storage, read_manifest, write_manifest
+from itemizedclip.training.engine import reported_errors
+from itemizedclip.training.options import DistributedSettings, RunOptions, RunSettings
+
+logger = logging.getLogger(__name__)
+
+PROG = "itemizedclip index"
+DESCRIPTION = (
+    "Encode every image below a folder once, so that `itemizedclip search` finds them by text. On disk: one global "
+    "feature and all image tokens per image, 2·D·(L + 1) bytes; at ViT-B/16 (L 196, D 512) 202 kB per image, 2 GB per "
+    "10,000. Run it again to bring the index up to date: only new and changed images are encoded, deleted ones are "
+    "dropped. A build that is stopped goes on where it was."
+)
+
+REMEASURE_FRACTION = 0.1
+"""The recall is measured again when more than this share of the images changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """What to encode, by which model, and where to keep it."""
+
+    images: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGES")]
+    """Folder of images, searched with all folders below; hidden files are passed over."""
+
+    checkpoint: Path
+    """Checkpoint (.pt, .safetensors) of a run or a released one, of a model of photographs."""
+
+    model: str | None = None
+    """Model name or config .json; only for released checkpoints, which do not carry their config."""
+
+    output: Path | None = None
+    """Folder of the index; default: IMAGES.index beside the image folder."""
+
+    batch_size: int = 32
+    """Images per forward pass and process."""
+
+    workers: int = 2
+    """Processes that decode images; 0: none besides this one."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    precision: Literal["fp32", "amp_bf16", "auto"] = "fp32"
+    """Of the image tower; auto: bfloat16 on GPUs that compute it."""
+
+    storage: Storage = "float16"
+    """How features are kept: float16 is the finer one, bfloat16 holds larger numbers."""
+
+    max_bad_fraction: float = 0.01
+    """Share of the images that may be unreadable; they are reported and skipped. More of them stop the build."""
+
+    shard_size: int = 256
+    """Images per file of the index; a stopped build loses at most one unfinished file per process."""
+
+    recall_queries: str = "built-in"
+    """What the recall of the prefilter is measured on: built-in phrases, a text file with one query a line, or none."""
+
+    distributed: Annotated[DistributedSettings, tyro.conf.arg(name="")] = field(default_factory=DistributedSettings)
+
+    @property
+    def folder(self) -> Path:
+        """The image folder, absolute."""
+        return self.images.expanduser().resolve()
+
+    @property
+    def index_folder(self) -> Path:
+        """The folder of the index, absolute."""
+        if self.output is not None:
+            return self.output.expanduser().resolve()
+        return self.folder.with_name(f"{self.folder.name}.index")
+
+    def build_options(self, ranks: Ranks) -> BuildOptions:
+        """How to encode on this process."""
+        dtype = resolve_precision(self.precision, ranks.device).autocast_dtype
+        encoding = EncodingOptions(batch_size=self.batch_size, num_workers=self.workers, autocast_dtype=dtype)
+        return BuildOptions(encoding, self.shard_size, self.max_bad_fraction)
+
+
+def read_queries(path: Path) -> list[str]:
+    """Queries of a text file, one per line; empty lines are left out.
+
+    Raises:
+        ValueError: no such file, no text file, or no query in it.
+    """
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as text ({error}); expected one query per line, UTF-8") from error
+    queries = [line.strip() for line in lines if line.strip()]
+    if not queries:
+        raise ValueError(f"{path}: holds no query; expected one per line")
+    return queries
+
+
+def run(options: IndexOptions) -> BuildReport:
+    """Build or update the index, measure its prefilter, say what was done; the same on every rank.
+
+    Raises:
+        CheckpointError, ImageIndexError, BadSampleError, SetupError, ValueError: each one sentence with its remedy.
+    """
+    launch_options = RunOptions(run=RunSettings(device=options.device), distributed=options.distributed)
+    with launch(launch_options) as ranks:
+        queries = on_main(lambda: _queries(options.recall_queries))
+        checkpoint = options.checkpoint.expanduser().resolve()
+        digest = on_main(lambda: _digest(checkpoint))
+        loaded = load_photograph_model(checkpoint, options.model)
+        loaded.model.to(ranks.device)
+        for note in loaded.notes if ranks.is_main else ():
+            logger.warning(note)
+        precision = resolve_precision(options.precision, ranks.device).name
+        source = FeatureSource(digest, loaded.config, transform_spec(loaded.config), options.storage, precision)
+        with progress_bar("Encoding images", enabled=ranks.is_main) as on_progress:
+            report = build_index(
+                loaded.model,
+                options.folder,
+                options.index_folder,
+                checkpoint=checkpoint,
+                transform=create_transform(loaded.config, is_train=False),
+                source=source,
+                options=options.build_options(ranks),
+                on_progress=on_progress,
+            )
+        recall = _measure(options, report, queries, loaded, ranks)
+        if ranks.is_main:
+            print_report(Console(), options.index_folder, report, recall)
+        return report
+
+
+def _digest(checkpoint: Path) -> str:
+    if not checkpoint.is_file():
+        what = "is a folder; give the .pt file inside" if checkpoint.is_dir() else "does not exist"
+        raise CheckpointError(f"{checkpoint}: checkpoint {what}")
+    return file_sha256(checkpoint)
+
+
+def _queries(choice: str) -> tuple[str, list[str]]:
+    """What queries are called, and the queries."""
+    if choice == "none":
+        return "", []
+    if choice == "built-in":
+        return f"{len(BUILT_IN_QUERIES)} built-in phrases", list(BUILT_IN_QUERIES)
+    queries = read_queries(Path(choice))
+    return f"{len(queries)} queries of {Path(choice).name}", queries
+
+
+def _measure(
+    options: IndexOptions, report: BuildReport, queries: tuple[str, list[str]], loaded: LoadedModel, ranks: Ranks
+) -> PrefilterRecall | None:
+    """The recall of the prefilter, measured and kept in the index unless what is there still holds."""
+    name, texts = queries
+    manifest = on_main(lambda: read_manifest(options.index_folder))
+    known = manifest.recall
+    changed = max(report.encoded + report.dropped, abs(len(manifest.images) - known.num_images) if known else 0)
+    still_holds = known is not None and known.queries == name and changed <= REMEASURE_FRACTION * len(manifest.images)
+    if not texts or still_holds:
+        return known
+    logger.info("Measuring the prefilter on %s (--recall-queries)", name)
+    index = ImageIndex(FeatureStore(options.index_folder, manifest, ranks.device), loaded)
+    recall = index.recall(texts, queries=name)
+    on_main(lambda: write_manifest(options.index_folder, manifest.with_recall(recall)))
+    return recall
+
+
+def print_report(console: Console, folder: Path, report: BuildReport, recall: PrefilterRecall | None) -> None:
+    """What was done, for the terminal."""
+    parts = [f"{report.encoded:,} encoded now", f"{report.kept:,} kept", f"{report.dropped:,} dropped"]
+    size = f"{report.num_bytes / 1e6:,.1f} MB"
+    lines = [f"{folder}: {report.num_images:,} images ({', '.join(parts)}), {size}"]
+    if report.unreadable:
+        first = report.unreadable[0].reason
+        lines.append(f"{len(report.unreadable):,} unreadable images were skipped, the first: {first}")
+    if report.others:
+        lines.append(f"{report.others:,} other files are no images by their names and were passed over")
+    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+    if recall is not None:
+        measured = f"measured on {recall.queries}, {recall.num_images:,} images"
+        console.print(
+            f"Prefilter: share of the exact first {recall.k} among the candidates, {measured}", soft_wrap=True
+        )
+        console.print(recall_table(recall))
+
+
+def recall_table(recall: PrefilterRecall) -> Table:
+    """Candidates and recall."""
+    table = Table()
+    table.add_column("candidates", justify="right")
+    table.add_column("recall", justify="right")
+    for count, share in sorted(recall.at.items()):
+        table.add_row(f"{count:,}", f"{share:.3f}")
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `itemizedclip index`."""
+    options = read_flags(IndexOptions, argv, prog=PROG, description=DESCRIPTION)
+    try:
+        with reported_errors(PROG):
+            run(options)
+    except KeyboardInterrupt:
+        print(f"{PROG}: stopped; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

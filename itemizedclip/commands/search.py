@@ -1,0 +1,271 @@
+"""`itemizedclip search "two planes near a hangar" --index INDEX`: the images of an index that fit a text best."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from time import perf_counter
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from itemizedclip.commands.index import read_queries
+from itemizedclip.data.batch import BadSampleError
+from itemizedclip.runtime.flags import read_flags
+from itemizedclip.search.index import Found, Hit, ImageIndex, open_index
+from itemizedclip.search.recall import PrefilterRecall
+from itemizedclip.search.store import ImageIndexError
+from itemizedclip.training.engine import reported_errors
+from itemizedclip.training.options import RunSettings
+from itemizedclip.training.tracking import logging_to_console
+from itemizedclip.viewer.figures import save_figure
+from itemizedclip.viewer.geometry import Upsampling
+
+logger = logging.getLogger(__name__)
+
+PROG = "itemizedclip search"
+DESCRIPTION = (
+    "Find images of an index by text. The images whose global features are nearest are scored exactly (TCSim), unless "
+    "--exact scores all. Printed with each image: its score and the box of pixels where the text looked."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What to look for, and where."""
+
+    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT …")] = ()
+    """Texts to look for, each in quotes."""
+
+    index: Path
+    """Folder that `itemizedclip index` made."""
+
+    queries: Path | None = None
+    """Text file with more texts, one per line."""
+
+    top: int = 10
+    """Images per text."""
+
+    exact: bool = False
+    """Score every image instead of the prefilter's candidates."""
+
+    candidates: int | None = None
+    """Images that the prefilter leaves for exact scoring; default: all of up to 2,000, of more the fewest measured to
+    find 95 % of the best (the index keeps the measurement), at most 2,000; 500 when nothing was measured."""
+
+    measure_recall: bool = False
+    """Also search exactly, and say which share of the best images the prefilter kept for these texts."""
+
+    output: Path | None = None
+    """Folder for hits.json and pictures of where each text looked."""
+
+    upsampling: Upsampling = "nearest"
+    """In pictures: nearest shows the patches as they are, smooth interpolates between their centres."""
+
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    checkpoint: Path | None = None
+    """The checkpoint of the index, when it lies elsewhere now."""
+
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        for name in ("top", "candidates"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; expected at least 1")
+        RunSettings(device=self.device)  # knows the devices
+
+    def all_texts(self) -> list[str]:
+        """Texts of the command line and of the file.
+
+        Raises:
+            ValueError: none, or a file that cannot be read.
+        """
+        texts = [*self.texts, *(read_queries(self.queries) if self.queries is not None else ())]
+        if not texts or any(not text.strip() for text in texts):
+            raise ValueError(f'no text to look for; expected such as: {PROG} "two planes near a hangar" --index INDEX')
+        return texts
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """A search and its circumstances.
+
+    Attributes:
+        index: what was searched.
+        found: the hits of every text.
+        exact: whether every image was scored.
+        candidates: images scored per text.
+        load_seconds: reading the model and opening the index.
+        search_seconds: encoding the texts, searching, finding the regions.
+        recall: of the prefilter: measured on these texts, or what the index keeps; None when neither.
+        is_recall_of_these_texts: which of the two.
+    """
+
+    index: ImageIndex
+    found: list[Found]
+    exact: bool
+    candidates: int
+    load_seconds: float
+    search_seconds: float
+    recall: PrefilterRecall | None
+    is_recall_of_these_texts: bool
+
+    def recall_sentence(self) -> str:
+        """How much the prefilter may have missed, and how that is known."""
+        if self.exact:
+            return f"all {len(self.index):,} images were scored"
+        known = self.recall.lower_bound(self.candidates) if self.recall is not None else None
+        start = f"{self.candidates:,} of {len(self.index):,} images were scored per text"
+        if self.recall is None or known is None:
+            return f"{start}; the recall of the prefilter was not measured (--measure-recall does)"
+        count, share = known
+        where = "these texts" if self.is_recall_of_these_texts else self.recall.queries
+        at_least = "" if count == self.candidates else f" with {count:,} candidates"
+        return (
+            f"{start}; the prefilter keeps {share:.1%} of the exact first {self.recall.k}{at_least} (measured on "
+            f"{where}, {self.recall.num_images:,} images)"
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "index": str(self.index.store.folder),
+            "image_folder": self.index.manifest.folder,
+            "num_images": len(self.index),
+            "mode": "exact" if self.exact else "prefiltered",
+            "candidates": self.candidates,
+            "load_seconds": round(self.load_seconds, 3),
+            "search_seconds": round(self.search_seconds, 3),
+            "prefilter_recall": None if self.recall is None else asdict(self.recall),
+            "is_recall_of_these_texts": self.is_recall_of_these_texts,
+            "queries": [{"text": one.text, "hits": [_plain_hit(hit) for hit in one.hits]} for one in self.found],
+        }
+
+
+def _plain_hit(hit: Hit) -> dict[str, Any]:
+    return {
+        "rank": hit.rank,
+        "path": hit.image.path,
+        "score": hit.score,
+        "box": list(hit.region.box),
+        "box_share": hit.region.share,
+        "nowhere": hit.region.nowhere,
+        "width": hit.image.width,
+        "height": hit.image.height,
+    }
+
+
+def run(options: SearchOptions) -> SearchReport:
+    """Open the index and search it.
+
+    Raises:
+        ImageIndexError, CheckpointError, SetupError, ValueError: each one sentence with its remedy.
+    """
+    texts = options.all_texts()
+    start = perf_counter()
+    index = open_index(options.index, checkpoint=options.checkpoint, device=options.device)
+    for text in index.cut_texts(texts):
+        logger.warning("longer than the text tower reads, or just as long: %s", text)
+    loaded = perf_counter()
+    found = index.search(texts, options.top, exact=options.exact, candidates=options.candidates)
+    searched = perf_counter()
+    num_hits = index.num_hits(options.top)
+    num_scored = index.num_scored(num_hits, exact=options.exact, candidates=options.candidates)
+    recall = index.manifest.recall
+    if options.measure_recall:
+        recall = index.recall(texts, queries="the texts of this search", k=num_hits, candidates=num_scored)
+    return SearchReport(
+        index=index,
+        found=found,
+        exact=num_scored == len(index),
+        candidates=num_scored,
+        load_seconds=loaded - start,
+        search_seconds=searched - loaded,
+        recall=recall,
+        is_recall_of_these_texts=options.measure_recall,
+    )
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def write_output(report: SearchReport, folder: Path, upsampling: Upsampling) -> list[Path]:
+    """Write hits.json and a picture per hit; images that cannot be drawn are reported and left out.
+
+    Raises:
+        ImageIndexError: a folder that cannot be written to.
+    """
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "hits.json").write_text(json.dumps(report.plain(), indent=2) + "\n", encoding="utf-8")
+        for number, one in enumerate(report.found, start=1):
+            for hit in one.hits:
+                try:
+                    figure = report.index.draw(one.text, hit, upsampling=upsampling)
+                except BadSampleError as error:
+                    logger.warning("%s; no picture of it", error)
+                    continue
+                stem = re.sub(r"[^\w.-]+", "_", PurePosixPath(hit.image.path).stem)[:100]
+                written.append(save_figure(figure, folder / f"{number}_{hit.rank:03d}_{stem}.png"))
+    except OSError as error:
+        raise ImageIndexError(
+            f"{folder}: cannot put pictures here ({error.strerror or error}); give a writable folder by --output"
+        ) from error
+    return written
+
+
+def print_report(console: Console, report: SearchReport) -> None:
+    """Tables and circumstances, for the terminal."""
+    for one in report.found:
+        console.print(Text(one.text, style="bold"), soft_wrap=True)
+        console.print(hit_table(one))
+    lines = [
+        "looked at: left,top–right,bottom in pixels, and how much of the text's attention rests there",
+        report.recall_sentence(),
+        f"searched in {report.search_seconds:.2f} s (model and index loaded in {report.load_seconds:.1f} s)",
+    ]
+    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+
+
+def hit_table(found: Found) -> Table:
+    """The hits of one text."""
+    table = Table()
+    table.add_column("", justify="right")
+    table.add_column("image", overflow="fold", ratio=1)
+    table.add_column("TCSim", justify="right", no_wrap=True)
+    table.add_column("looked at", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    for hit in found.hits:
+        left, top, right, bottom = hit.region.box
+        box = f"{left},{top}–{right},{bottom}"
+        table.add_row(str(hit.rank), Text(hit.image.path), f"{hit.score:.3f}", box, f"{hit.region.share:.0%}")
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `itemizedclip search`."""
+    with reported_errors(PROG), logging_to_console(0):
+        options = read_flags(SearchOptions, argv, prog=PROG, description=DESCRIPTION)
+        report = run(options)
+        if options.json:
+            print(json.dumps(report.plain(), indent=2))
+        else:
+            print_report(Console(), report)
+        if options.output is not None:
+            pictures = write_output(report, options.output.expanduser(), options.upsampling)
+            logger.info("%d pictures and hits.json in %s", len(pictures), options.output.expanduser().resolve())
+
+
+if __name__ == "__main__":
+    main()

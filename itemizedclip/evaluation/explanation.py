@@ -1,0 +1,268 @@
+"""The paper's two properties of item attention, and how well attention finds what an item names.
+
+Axes: N images or studies, B of a batch, K item slots, L = h·w or S·d·h·w tokens, H heads, S series; D joint width and,
+of masks, slices; Y, X pixel rows and columns of the image as the model sees it.
+
+All maps are the head's softmax weights without the zero token, averaged over heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from itemizedclip.data.batch import Tokenizer
+from itemizedclip.evaluation.encoding import (
+    EncodingOptions,
+    ItemDataset,
+    Progress,
+    encode_images,
+    encode_texts,
+    evaluation_mode,
+    in_order_of_rows,
+    model_device,
+    number_texts,
+    read_items,
+)
+from itemizedclip.evaluation.tcsim import float_head
+from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
+from itemizedclip.models.item_attention import ItemAttention
+from itemizedclip.viewer.geometry import ItemMaps, maps_of_features
+
+FIXED_THRESHOLD = 0.5
+"""Pixels above this fraction of their map's maximum count as the item, in `miou`."""
+
+THRESHOLDS = tuple(step / 20 for step in range(1, 20))
+"""Fractions of the maximum tried for `miou_best`: 0.05 … 0.95, the fixed one among them."""
+
+
+def mean_map_similarity(maps_KL: Tensor) -> float:
+    """Mean cosine over all pairs of maps of one image; NaN with fewer than two maps (paper: mAMS)."""
+    K = len(maps_KL)
+    if K < 2:
+        return math.nan
+    unit_KL = F.normalize(maps_KL.double(), dim=-1)
+    first, second = torch.triu_indices(K, K, 1)
+    return (unit_KL[first] * unit_KL[second]).sum(-1).mean().item()
+
+
+def upsample_maps(maps_KL: Tensor, grid: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """Maps over a token grid → pixels, linear between patch centres.
+
+    A grid (h, w) becomes (K, Y, X). A study's (S, d, h, w) becomes (K, S, D, Y, X): series stay apart.
+    """
+    if len(grid) == 2:
+        maps_K1hw = maps_KL.reshape(len(maps_KL), 1, *grid)
+        return F.interpolate(maps_K1hw, size=size, mode="bilinear", align_corners=False)[:, 0]
+    return F.interpolate(maps_KL.reshape(len(maps_KL), *grid), size=size[1:], mode="trilinear", align_corners=False)
+
+
+def pointing_hits(maps_K: Tensor, masks_K: Tensor, *, tolerance_px: float | Sequence[float] = 0.0) -> Tensor:
+    """bool (K,): the map's largest value lies inside the mask, or near one of its pixels.
+
+    An empty mask is never hit.
+
+    Args:
+        maps_K: (K, Y, X), or any other number of axes.
+        masks_K: bool, of the same shape.
+        tolerance_px: how far the peak may lie from a pixel of the mask, between pixel centres: one number, or one per
+            axis (half axes of an ellipsoid; 0 along an axis allows no step along it).
+    """
+    axes = maps_K.shape[1:]
+    given = [tolerance_px] * len(axes) if isinstance(tolerance_px, (int, float)) else list(tolerance_px)
+    tolerance = torch.tensor(given, dtype=torch.float64)
+    peaks = maps_K.flatten(1).argmax(1)
+    hits = torch.zeros(len(maps_K), dtype=torch.bool)
+    for k, mask in enumerate(masks_K):
+        peak = torch.stack(torch.unravel_index(peaks[k], axes))
+        steps = (mask.nonzero() - peak).double()
+        # No step at all is within any tolerance, 0 included.
+        shares = torch.where(steps == 0, 0.0, steps / tolerance)
+        hits[k] = bool((shares.square().sum(-1) <= 1 + 1e-9).any())
+    return hits
+
+
+def mask_ious(maps_K: Tensor, masks_K: Tensor, thresholds: tuple[float, ...]) -> Tensor:
+    """Intersection over union (K, thresholds), float64, of the mask with pixels above each fraction of the maximum.
+
+    Args:
+        maps_K: (K, Y, X), or any other number of axes, not negative.
+        masks_K: bool, of the same shape.
+        thresholds: fractions of each map's maximum.
+    """
+    rising, order = torch.tensor(thresholds, dtype=maps_K.dtype).sort()
+    table = torch.empty((len(maps_K), len(thresholds)), dtype=torch.float64)
+    for k, (values, mask) in enumerate(zip(maps_K.flatten(1), masks_K.flatten(1))):
+        relative = values / values.amax().clamp_min(torch.finfo(values.dtype).tiny)
+        # How many thresholds each pixel exceeds; one pass for all thresholds, as volumes have millions of voxels.
+        level = torch.bucketize(relative, rising, out_int32=True)
+        found = _above(level, len(thresholds))
+        intersection = _above(level[mask], len(thresholds))
+        union = found + mask.sum() - intersection
+        table[k, order] = intersection.double() / union.clamp_min(1)
+    return table
+
+
+def _above(level: Tensor, count: int) -> Tensor:
+    """int64 (count,): how many entries exceed 0, 1, … count − 1."""
+    return level.bincount(minlength=count + 1).flip(0).cumsum(0).flip(0)[1:]
+
+
+@dataclass
+class ExplainEvaluator:
+    """MLL, mAMS and, where item masks are known, pointing game and mIoU.
+
+    Measures, each a mean over images or items on all ranks:
+        mll: lowest TCSim over an image's own items (paper: mean lowest logit; completeness).
+        mams: mean pairwise cosine of the attention maps of an image's own items (paper: mean attention-map similarity;
+            independence; lower is better). Images with one item have no pair and are left out.
+        nowhere_share: attention on the zero token, mean over items.
+        pointing_game: share of items whose map, enlarged linearly to the image, peaks inside the item's mask; of a
+            study in a series that shows the item.
+        miou: mean IoU of the mask and the pixels above 0.5 of the map's maximum.
+        miou_best, miou_best_threshold: the same at the one threshold of 0.05, 0.10 … 0.95 that is best on this very
+            set; an upper bound, not a fair score.
+    Items whose mask is empty (cropped away) are left out of the last three.
+
+    Attributes:
+        dataset: images with atomic items. Masks come from its `masks(index)`, bool (K, Y, X), of studies
+            (K, S, D, Y, X), in the order of the items and in the frame of the transformed image; None for an image
+            without masks. Without that method only the first three measures exist.
+        tokenizer: texts → int64 (M, C).
+        name: prefix for logs.
+        normalise_tokens: L2-normalise image tokens before the head.
+        tolerance_px: a peak this near to the mask still hits, in pixels or voxels, one number or one per axis (Y, X) or
+            (D, Y, X); 0 asks for a pixel of the mask itself. Another series of a study is never near.
+        encoding: batch sizes, workers, precision of the towers.
+        on_progress: called after each batch.
+        facts: after `run`: numbers of images, items and masks, rules.
+    """
+
+    dataset: ItemDataset
+    tokenizer: Tokenizer
+    name: str = "explain"
+    normalise_tokens: bool = False
+    tolerance_px: float | tuple[float, ...] = 0.0
+    encoding: EncodingOptions = field(default_factory=EncodingOptions)
+    on_progress: Progress | None = None
+    facts: dict[str, Any] = field(default_factory=dict, init=False)
+
+    @torch.no_grad()
+    def run(self, model: DualEncoder) -> dict[str, float]:
+        """The measures, the same on every rank; all ranks must call it.
+
+        Raises:
+            BadSampleError: an image without an item, or images of one batch that differ in shape.
+            ValueError: an empty data set, masks that do not fit the items or the image, or scores that are not finite.
+        """
+        if not len(self.dataset):
+            raise ValueError(f"{self.name}: the data set is empty")
+        device = model_device(model)
+        get_masks = getattr(self.dataset, "masks", None)
+        with evaluation_mode(model):
+            items = read_items(self.dataset, self.encoding.batch_size)
+            texts, number_M = number_texts([text for own in items for text in own])
+            features_UD = encode_texts(model, self.tokenizer, texts, self.encoding)
+            numbers_of = number_M.to(device).split([len(own) for own in items])
+            rows = [torch.empty(0, dtype=torch.int64)]
+            findings = [torch.empty((0, _COLUMNS), dtype=torch.float64)]
+            for batch in encode_images(model, self.dataset, self.encoding, on_progress=self.on_progress):
+                own = [numbers_of[row] for row in batch.rows_B.tolist()]
+                maps_B = self._maps(model.head, features_UD, own, batch.features)
+                for row, maps in zip(batch.rows_B.tolist(), maps_B):
+                    masks = get_masks(row) if callable(get_masks) else None
+                    findings.append(self._findings(row, maps, masks))
+                rows.append(batch.rows_B.cpu())
+        findings_N = in_order_of_rows(torch.cat(rows), torch.cat(findings))
+        self.facts = {
+            "num_images": len(items),
+            "num_items": sum(map(len, items)),
+            "num_masks": int(findings_N[:, _NUM_MASKS].sum()),
+            "normalise_tokens": self.normalise_tokens,
+            "pointing_tolerance_px": list(given) if isinstance(given := self.tolerance_px, tuple) else given,
+            "miou_threshold": FIXED_THRESHOLD,
+        }
+        return _measures(findings_N)
+
+    def _maps(
+        self, head: ItemAttention, features_UD: Tensor, own: list[Tensor], features: ImageFeatures
+    ) -> list[ItemMaps]:
+        """Maps of each image's own items, float32; slots beyond an image's items repeat its last item and are cut."""
+        K = max(map(len, own))
+        numbers_BK = torch.stack([torch.cat([n, n[-1:].expand(K - len(n))]) for n in own])
+        exact = ImageFeatures(features.global_BD, features.tokens_BLD.float(), features.grid)
+        maps_B = maps_of_features(
+            float_head(head), exact, features_UD[numbers_BK], normalise_tokens=self.normalise_tokens
+        )
+        return [maps.first(len(n)) for maps, n in zip(maps_B, own)]
+
+    def _findings(self, row: int, maps: ItemMaps, masks_K: Tensor | None) -> Tensor:
+        """One row of float64 (1, _COLUMNS) about image `row`."""
+        K, grid, maps_KL = len(maps), maps.grid, maps.weights.flatten(1)
+        if not (torch.isfinite(maps.scores).all() and torch.isfinite(maps_KL).all()):
+            raise ValueError(f"{self.name}: scores of image {row} are not finite: check the weights and the precision")
+        findings = torch.zeros((1, _COLUMNS), dtype=torch.float64)
+        findings[0, _LOWEST] = maps.scores.min().double()
+        findings[0, _SIMILARITY] = mean_map_similarity(maps_KL)
+        findings[0, _NOWHERE] = maps.nowhere.double().sum()
+        findings[0, _NUM_ITEMS] = K
+        if masks_K is None:
+            return findings
+        masks_K = torch.as_tensor(masks_K)
+        fits = masks_K.dtype == torch.bool and len(masks_K) == K and masks_K.dim() == 1 + len(grid)
+        if not fits or (len(grid) == 4 and masks_K.shape[1] != grid[0]):
+            axes = "rows, columns" if len(grid) == 2 else f"{grid[0]} series, slices, rows, columns"
+            raise ValueError(
+                f"{self.name}: masks of image {row} are {masks_K.dtype} {tuple(masks_K.shape)} for {K} items on a "
+                f"token grid {tuple(grid)}; expected bool ({K}, {axes})"
+            )
+        size = tuple(masks_K.shape[1:])
+        # One at a time: a study's map at voxel size takes 100 MB.
+        for k in masks_K.flatten(1).any(1).nonzero()[:, 0].tolist():
+            enlarged, mask = upsample_maps(maps_KL[k : k + 1], grid, size), masks_K[k : k + 1]
+            findings[0, _NUM_MASKS] += 1
+            findings[0, _HITS] += float(pointing_hits(enlarged, mask, tolerance_px=self._tolerance(len(grid))))
+            findings[0, _IOUS:] += mask_ious(enlarged, mask, THRESHOLDS)[0]
+        return findings
+
+    def _tolerance(self, num_axes: int) -> tuple[float, ...]:
+        """One number per axis of a mask; a study's first axis are its series."""
+        pixel_axes = min(num_axes, 3)
+        given = self.tolerance_px
+        per_axis = (float(given),) * pixel_axes if isinstance(given, (int, float)) else tuple(given)
+        if len(per_axis) != pixel_axes:
+            raise ValueError(f"{self.name}: tolerance_px is {given}; expected one number or {pixel_axes}, one per axis")
+        return per_axis if num_axes == 2 else (0.0, *per_axis)
+
+
+# Columns of what is kept of an image; sums over its items except for the first two.
+_LOWEST, _SIMILARITY, _NOWHERE, _NUM_ITEMS, _NUM_MASKS, _HITS, _IOUS = range(7)
+_COLUMNS = _IOUS + len(THRESHOLDS)
+
+
+def _measures(findings_N: Tensor) -> dict[str, float]:
+    """Means over images or items; a measure that nothing contributes to is left out."""
+    totals = findings_N.sum(0)
+    table = {
+        "mll": findings_N[:, _LOWEST].mean().item(),
+        "nowhere_share": (totals[_NOWHERE] / totals[_NUM_ITEMS]).item(),
+    }
+    similarities = findings_N[:, _SIMILARITY]
+    if not similarities.isnan().all():
+        table["mams"] = similarities.nanmean().item()
+    if totals[_NUM_MASKS]:
+        ious = totals[_IOUS:] / totals[_NUM_MASKS]
+        best = int(ious.argmax())
+        table |= {
+            "pointing_game": (totals[_HITS] / totals[_NUM_MASKS]).item(),
+            "miou": ious[THRESHOLDS.index(FIXED_THRESHOLD)].item(),
+            "miou_best": ious[best].item(),
+            "miou_best_threshold": THRESHOLDS[best],
+        }
+    return table

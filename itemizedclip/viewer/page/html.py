@@ -1,0 +1,280 @@
+"""The report: one HTML file that shows an image or study and where each of its items looked.
+
+The file holds everything it needs and reaches for nothing: the page's own scripts and style (`page/`), the pixels or
+voxels of every view as they were read, and the attention of every head on the grid of tokens. The browser carries the
+attention to the pixels with its canvas; what it needs to know for that is the scale and offset of `Geometry`.
+
+Axes: T items, H heads, S views (series), d h w tokens of a view, D H W voxels of a view (a photograph has D = 1).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image
+
+from itemizedclip.viewer.figures import COLOUR_MAP, MIN_SCALE_TOP
+from itemizedclip.viewer.inputs import Explanation, InputView
+
+SCRIPTS = ("data.js", "planes.js", "paint.js", "app.js")
+"""Parts of the page's one script, in this order."""
+
+MOST_LOSSLESS_PIXELS = 4_000_000
+"""Larger photographs are stored as JPEG of quality 95, about a fifth of the size."""
+
+LONGEST_SIDE = 8192
+"""Larger photographs are shown at this size: browsers refuse to draw pictures beyond some 16,000 pixels."""
+
+_MANTISSA_BITS = 12
+"""Attention is kept to this many binary digits (1 in 8,000), which halves its size."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a report was made from.
+
+    Attributes:
+        model: name of the model's config.
+        checkpoint: file name of the weights.
+        sha256: of that file, hexadecimal.
+        facts: further (name, value) pairs, such as the epoch.
+        notes: what was decided while loading, for people.
+    """
+
+    model: str
+    checkpoint: str
+    sha256: str
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def report_html(
+    explanation: Explanation, provenance: Provenance, *, cut_items: Sequence[bool] | None = None, ask: str | None = None
+) -> str:
+    """The page, complete.
+
+    Args:
+        explanation: the image or study and its items; without an item only when `ask` is given.
+        provenance: what it was made from.
+        cut_items: T, which texts the text tower does not read to their end.
+        ask: address, relative to the page, that answers further texts (`itemizedclip.viewer.page.serve`).
+
+    Raises:
+        ValueError: nothing to show.
+    """
+    if not explanation.items and ask is None:
+        raise ValueError("no text to look for; give at least one item")
+    source = explanation.source
+    blocks: dict[str, str] = {}
+    items = described_items(explanation, cut_items)
+    blocks["maps"] = items["maps"].pop("data")
+    items["maps"]["block"] = "maps"
+    notes = [*source.notes, *provenance.notes]
+    views = []
+    for number, view in enumerate(source.views):
+        fitting, reason = _fitting_picture(view)
+        notes += [reason] if reason else []
+        views.append(_described_view(fitting, f"view-{number}", blocks))
+    contents = {
+        "ask": ask,
+        "grid": [1] * (4 - len(explanation.maps.grid)) + list(explanation.maps.grid),
+        "numHeads": explanation.maps.head_nowhere.shape[1],
+        "colours": _colour_table(),
+        "scaleFloor": MIN_SCALE_TOP,
+        "views": views,
+        "facts": [
+            ("input", source.name),
+            ("model", provenance.model),
+            ("checkpoint", provenance.checkpoint),
+            ("SHA-256", provenance.sha256),
+            *provenance.facts,
+        ],
+        "notes": notes,
+        **items,
+    }
+    return _filled_page(source.name, provenance, contents, blocks, may_ask=ask is not None)
+
+
+def described_items(explanation: Explanation, cut_items: Sequence[bool] | None = None) -> dict[str, Any]:
+    """Items with their scores and maps, as the page reads them.
+
+    Args:
+        explanation: T items.
+        cut_items: T, which texts the text tower does not read to their end.
+    """
+    maps = explanation.maps
+    cut = [False] * len(explanation.items) if cut_items is None else cut_items
+    described = [
+        {
+            "text": text,
+            "score": round(float(maps.scores[k]), 6),
+            "headNowhere": [round(share, 6) for share in maps.head_nowhere[k].tolist()],
+            "isCut": bool(cut[k]),
+        }
+        for k, text in enumerate(explanation.items)
+    ]
+    return {"items": described, "maps": pack_array(_shortened(maps.times_uniform(per_head=True).numpy()))}
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+def pack_array(values: np.ndarray) -> dict[str, Any]:
+    """An array as text that a browser unpacks without a library: deflate of byte planes, in base64.
+
+    Integers are stored as they are or as differences along the last axis ("delta"), whichever is smaller: smooth
+    pictures are, as differences, and noise on an even ground is not.
+
+    Args:
+        values: uint8, int16 or float32.
+    """
+    values = np.ascontiguousarray(values)
+    packed, is_delta = _deflated(values), False
+    if values.dtype.kind in "iu":
+        # Integers wrap round, so that differences need no more bits than values.
+        differences = _deflated(np.diff(values, axis=-1, prepend=np.zeros_like(values[..., :1])))
+        packed, is_delta = min((packed, False), (differences, True), key=lambda candidate: len(candidate[0]))
+    data = base64.b64encode(packed).decode("ascii")
+    return {"type": values.dtype.name, "shape": list(values.shape), "delta": is_delta, "data": data}
+
+
+def _deflated(values: np.ndarray) -> bytes:
+    """All first bytes of the values, then all second ones …, compressed."""
+    little_endian = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    return zlib.compress(little_endian.reshape(-1).view(np.uint8).reshape(-1, values.dtype.itemsize).T.tobytes())
+
+
+def _shortened(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to `_MANTISSA_BITS` binary digits."""
+    drop = 23 - _MANTISSA_BITS
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + np.uint32(1 << (drop - 1))) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)
+
+
+def _described_view(view: InputView, block: str, blocks: dict[str, str]) -> dict[str, Any]:
+    """What the page knows of a view; its values go into `blocks`."""
+    packed = _packed_picture(view.values) if view.unit == "rgb" else pack_array(view.values)
+    blocks[block] = packed.pop("data")
+    geometry = view.geometry
+    size = geometry.input_size
+    lacking = 3 - len(size)
+    return {
+        "name": view.name,
+        "unit": view.unit,
+        "size": [1] * lacking + list(size),
+        "spacing": None if view.spacing_mm is None else [float(step) for step in view.spacing_mm],
+        "window": None if view.window_hu is None else list(view.window_hu),
+        "toward": None if view.affine is None else _directions(view.affine),
+        "scale": [1.0] * lacking + list(geometry.scale),
+        "offset": [0.0] * lacking + list(geometry.offset),
+        "viewSize": [1] * lacking + list(geometry.view_size),
+        "values": {**packed, "block": block},
+    }
+
+
+def _fitting_picture(view: InputView) -> tuple[InputView, str]:
+    """A photograph as large as browsers draw it, and what was done to it; other views as they are."""
+    if view.unit != "rgb":
+        return view, ""
+    height, width = view.values.shape[:2]
+    if max(height, width) > LONGEST_SIDE:
+        picture = Image.fromarray(view.values)
+        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        geometry = view.geometry.of_resized_input((picture.height, picture.width))
+        smaller = replace(view, values=np.asarray(picture), geometry=geometry)
+        return smaller, f"{view.name}: {width}×{height} pixels, shown at {picture.width}×{picture.height}, as JPEG"
+    if height * width > MOST_LOSSLESS_PIXELS:
+        return view, f"{view.name}: stored as JPEG, its colours are not exact"
+    return view, ""
+
+
+def _packed_picture(values: np.ndarray) -> dict[str, Any]:
+    kind = "png" if math.prod(values.shape[:2]) <= MOST_LOSSLESS_PIXELS else "jpeg"
+    buffer = io.BytesIO()
+    if kind == "png":
+        Image.fromarray(values).save(buffer, "png", optimize=True)
+    else:
+        Image.fromarray(values).save(buffer, "jpeg", quality=95, subsampling=0)
+    return {"type": f"image/{kind}", "data": base64.b64encode(buffer.getvalue()).decode("ascii")}
+
+
+def _directions(affine: np.ndarray) -> list[str] | None:
+    """Where each voxel axis leads, by the nearest of L R P A I S; None for an affine that leads nowhere."""
+    # Only volumes have an affine, and whoever reads volumes has nibabel.
+    from nibabel.orientations import aff2axcodes
+
+    codes = aff2axcodes(affine)
+    return None if None in codes else list(codes)
+
+
+def _colour_table() -> str:
+    """256 RGB triples of the figures' colour map, in base64."""
+    table = colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3]
+    return base64.b64encode(np.ascontiguousarray(table).tobytes()).decode("ascii")
+
+
+# --- page ------------------------------------------------------------------------------------------------------------
+
+
+def content_policy(script: str, style: str, *, may_ask: bool) -> str:
+    """Content-Security-Policy of a page: its own script and style by hash, pictures it holds, no network.
+
+    Args:
+        script: the page's script.
+        style: the page's style.
+        may_ask: whether it may send requests to the server it came from.
+    """
+
+    def digest(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
+
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {digest(script)}",
+            f"style-src {digest(style)}",
+            "img-src data: blob:",
+            f"connect-src {chr(39)}{'self' if may_ask else 'none'}{chr(39)}",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+
+
+def _filled_page(
+    name: str, provenance: Provenance, contents: dict[str, Any], blocks: dict[str, str], *, may_ask: bool
+) -> str:
+    page = files("itemizedclip.viewer.page")
+    script = "\n" + "\n".join((page / part).read_text(encoding="utf-8") for part in SCRIPTS)
+    style = (page / "page.css").read_text(encoding="utf-8")
+    line = f"Model {provenance.model} · checkpoint {provenance.checkpoint} · SHA-256 {provenance.sha256[:12]}…"
+    return Template((page / "page.html").read_text(encoding="utf-8")).substitute(
+        policy=html.escape(content_policy(script, style, may_ask=may_ask)),
+        title=html.escape(f"{name}: where each item looked"),
+        name=html.escape(name),
+        provenance=html.escape(line),
+        style=style,
+        script=script,
+        # Only letters, digits, + / = stand in a block.
+        blocks="\n".join(f'<script type="text/plain" id="{key}">{data}</script>' for key, data in blocks.items()),
+        report=_json_for_html(contents),
+    )
+
+
+def _json_for_html(contents: Any) -> str:
+    """JSON that no text inside can end early: `<` and `&` are written as escapes, which JSON reads back."""
+    text = json.dumps(contents, ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,0 +1,201 @@
+"""Serve a report on this machine, so that people can ask it texts of their own.
+
+Nothing leaves the machine, and nobody else gets in: the server listens on 127.0.0.1 alone, the page's address holds a
+random token, requests must name this machine as their host (a name that another site points at 127.0.0.1 does not) and
+come from the page itself. It answers two addresses, the page and the question, and reads no file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import logging
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+ASK_PATH = "ask"
+"""Address of the question, beside the page."""
+
+MAX_ITEMS = 32
+"""Texts of one question."""
+
+MAX_CHARACTERS = 2000
+"""Of one text."""
+
+MAX_REQUEST_BYTES = 4 * MAX_ITEMS * MAX_CHARACTERS
+_HOSTS = ("127.0.0.1", "localhost")
+
+Answer = Callable[[Sequence[str]], dict[str, Any]]
+"""Items → what the page reads (`itemizedclip.viewer.page.html.described_items`)."""
+
+
+class QuestionError(ValueError):
+    """A question that cannot be answered: the message says what to ask instead."""
+
+
+def read_question(body: bytes) -> list[str]:
+    """Texts of a request's body, {"items": ["a text", …]}.
+
+    Raises:
+        QuestionError: anything else.
+    """
+    try:
+        contents = json.loads(body)
+    except ValueError:
+        raise QuestionError('the question is no JSON; expected {"items": ["a text", …]}') from None
+    items = contents.get("items") if isinstance(contents, dict) else None
+    if not isinstance(items, list) or not all(isinstance(text, str) for text in items):
+        raise QuestionError('the question holds no list of texts; expected {"items": ["a text", …]}')
+    texts = [text.strip() for text in items if text.strip()]
+    if not texts:
+        raise QuestionError("the question holds no text; type what to look for")
+    if len(texts) > MAX_ITEMS:
+        raise QuestionError(f"{len(texts)} texts at once; ask at most {MAX_ITEMS}")
+    longest = max(len(text) for text in texts)
+    if longest > MAX_CHARACTERS:
+        raise QuestionError(f"a text of {longest} characters; expected at most {MAX_CHARACTERS}")
+    return texts
+
+
+class ReportServer(ThreadingHTTPServer):
+    """One page and its question; `serve_forever` runs it, `url` is where to open it.
+
+    Args:
+        page: the page, made with `ask=ASK_PATH`.
+        answer: answers one question; called by one thread at a time.
+        port: 0 takes any free one.
+
+    Raises:
+        ValueError: the port is taken or not allowed.
+    """
+
+    # A thread that is killed inside PyTorch takes the process down with it: closing waits for them all.
+    daemon_threads = False
+
+    def __init__(self, page: str, answer: Answer, port: int = 0) -> None:
+        self.page = page.encode("utf-8")
+        self.token = secrets.token_urlsafe(18)
+        self._answer = answer
+        self._lock = threading.Lock()
+        self._connections: set[socket.socket] = set()
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"--port {port}: cannot listen there ({error}); leave --port out to take a free one"
+            ) from error
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Note the connection, so that closing can end it."""
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """The connection is over."""
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Hang up on idle browsers, and wait for what is being answered."""
+        for connection in tuple(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+        super().server_close()
+
+    @property
+    def url(self) -> str:
+        """Address of the page, token included."""
+        return f"http://127.0.0.1:{self.server_port}/{self.token}/"
+
+    def answer(self, items: Sequence[str]) -> dict[str, Any]:
+        """Answer one question at a time: the model is one."""
+        with self._lock:
+            return self._answer(items)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ReportServer
+    protocol_version = "HTTP/1.1"
+    server_version = "itemizedclip"
+    sys_version = ""
+    timeout = 60  # seconds that a connection may stay silent
+
+    def do_GET(self) -> None:
+        if self._is_allowed(""):
+            self._send(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
+
+    def do_POST(self) -> None:
+        # What is left of a refused request must not be read as the next one.
+        self.close_connection = True
+        if not self._is_allowed(ASK_PATH) or not self._is_from_the_page():
+            return
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MAX_REQUEST_BYTES:
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"expected at most {MAX_REQUEST_BYTES} bytes")
+            return
+        try:
+            items = read_question(self.rfile.read(int(length)))
+            contents, status = self.server.answer(items), HTTPStatus.OK
+        except ValueError as error:
+            contents, status = {"error": str(error)}, HTTPStatus.BAD_REQUEST
+        except Exception:
+            logger.exception("a question could not be answered")
+            contents = {"error": "the model could not answer this; the terminal says why"}
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+        self._send(status, "application/json", json.dumps(contents).encode("utf-8"))
+
+    def _is_allowed(self, path: str) -> bool:
+        """Whether a request names this machine and the right address; answers it otherwise."""
+        if self.headers.get("Host") not in self._own(""):
+            self._refuse(HTTPStatus.FORBIDDEN, "this server answers its own machine only")
+            return False
+        # Compared in constant time, as bytes: an address may hold anything.
+        if not hmac.compare_digest(self.path.encode("utf-8", "replace"), f"/{self.server.token}/{path}".encode()):
+            self._refuse(HTTPStatus.NOT_FOUND, "no such page; open the address that the command printed")
+            return False
+        return True
+
+    def _is_from_the_page(self) -> bool:
+        is_json = self.headers.get_content_type() == "application/json"
+        if not is_json or self.headers.get("Origin") not in (None, *self._own("http://")):
+            self._refuse(HTTPStatus.FORBIDDEN, "questions come as JSON from the page itself")
+            return False
+        return True
+
+    def _own(self, scheme: str) -> list[str]:
+        port = self.server.server_port
+        # Browsers leave out the port that is usual.
+        return [f"{scheme}{host}" if port == 80 else f"{scheme}{host}:{port}" for host in _HOSTS]
+
+    def _refuse(self, status: HTTPStatus, reason: str) -> None:
+        self._send(status, "application/json", json.dumps({"error": reason}).encode("utf-8"))
+
+    def _send(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
+        self.send_response(status)
+        headers = {
+            "Content-Type": content_type,
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cross-Origin-Opener-Policy": "same-origin",
+        }
+        if self.close_connection:
+            headers["Connection"] = "close"
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug(format, *args)
