@@ -36,8 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 from itemizedclip.data.batch import ItemCollator, ItemSample
+from itemizedclip.runtime.errors import reported_errors
 from itemizedclip.runtime.processes import Ranks
-from itemizedclip.training.engine import reported_errors
 from itemizedclip.training.loading import MapSource
 from itemizedclip.training.options import LoadingSettings
 

@@ -36,7 +36,7 @@ from rich.table import Table
 from transformers import BertConfig, BertModel
 
 from itemizedclip.models.factory import load_model_config
-from itemizedclip.training.engine import reported_errors
+from itemizedclip.runtime.errors import reported_errors
 
 PROGRAMS = Path(__file__).parents[1] / "Radiology_Tasks" / "src"
 NUM_SERIES = 10

@@ -41,10 +41,10 @@ from rich.table import Table
 from torch import Tensor
 
 from itemizedclip.data.batch import ItemCollator
+from itemizedclip.evaluation.attention import item_maps
 from itemizedclip.evaluation.results import EvaluationReport, write_results
 from itemizedclip.models.factory import LoadedModel, load_pretrained
-from itemizedclip.training.engine import reported_errors
-from itemizedclip.viewer.geometry import item_maps
+from itemizedclip.runtime.errors import reported_errors
 from itemizedclip.viewer.sets import ExplainSet, open_explain_set
 
 DISEASES = ("stroke", "glioma", "meningioma", "metastasis")

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from itemizedclip.data.batch import ItemCollator, Tokenizer
 from itemizedclip.data.scenes import LEVELS, SIZE_WORDS, ScenesDataset, class_labels, class_prompts
+from itemizedclip.evaluation.attention import item_maps
 from itemizedclip.evaluation.classification import ClassPrompts, MultiLabelEvaluator
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.explanation import ExplainEvaluator
@@ -31,8 +32,8 @@ from itemizedclip.evaluation.tcsim import Scoring
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import create_model, create_tokenizer, create_transform
 from itemizedclip.runtime.collectives import barrier
-from itemizedclip.runtime.processes import launch
-from itemizedclip.training.engine import Evaluator, TrainResult, reported_errors, train
+from itemizedclip.runtime.errors import UserError, reported_errors
+from itemizedclip.training.engine import Evaluator, TrainResult, train
 from itemizedclip.training.options import (
     LoadingSettings,
     ModelSettings,
@@ -42,8 +43,9 @@ from itemizedclip.training.options import (
     RunSettings,
     parse_run,
 )
+from itemizedclip.training.run import launch_run
 from itemizedclip.viewer.figures import attention_figure, save_figure
-from itemizedclip.viewer.geometry import geometry_of_transform, item_maps, map_to_input
+from itemizedclip.viewer.geometry import geometry_of_transform, map_to_input
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +73,10 @@ class ScenesData:
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
-            raise ValueError(f"--level is {self.level!r}; expected one of {', '.join(LEVELS)}")
+            raise UserError(f"--level is {self.level!r}; expected one of {', '.join(LEVELS)}")
         for name, lowest in (("num_train", 1), ("num_test", 1), ("num_pictures", 0)):
             if getattr(self, name) < lowest:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least {lowest}")
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least {lowest}")
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def summary_table(result: TrainResult, metrics: dict[str, float]) -> Table:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, evaluate, draw, summarise; returns the metrics."""
     options = parse_run(RECIPES, "scenes", argv, prog="itemizedclip demo", description=DESCRIPTION)
-    with reported_errors("itemizedclip demo"), launch(options) as ranks:
+    with reported_errors("itemizedclip demo"), launch_run(options) as ranks:
         model = create_model(options.model.model)
         tokenizer = create_tokenizer(model.config)
         seed, data = options.run.seed, options.data

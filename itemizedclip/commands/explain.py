@@ -25,15 +25,16 @@ from itemizedclip.commands.questions import QuestionOptions, items_to_ask, score
 from itemizedclip.data.scenes import LEVELS, ScenesDataset
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.explanation import ExplainEvaluator
-from itemizedclip.evaluation.results import EvaluationReport, file_sha256, metrics_table, progress_bar, write_results
+from itemizedclip.evaluation.results import EvaluationReport, metrics_table, write_results
 from itemizedclip.models.factory import LoadedModel, create_transform, load_pretrained
+from itemizedclip.runtime.errors import UserError, reported_errors
+from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.flags import read_flags
-from itemizedclip.runtime.processes import Ranks, launch, on_main
-from itemizedclip.training.engine import reported_errors
-from itemizedclip.training.options import DistributedSettings, RunOptions, RunSettings
-from itemizedclip.viewer.explanation import Explainer
+from itemizedclip.runtime.logs import progress_bar
+from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, on_main
+from itemizedclip.viewer.explanation import Explainer, Explanation
 from itemizedclip.viewer.files import ExplanationFiles, write_explanation
-from itemizedclip.viewer.inputs import Explanation, open_input
+from itemizedclip.viewer.inputs import open_input
 from itemizedclip.viewer.sets import open_explain_set
 
 logger = logging.getLogger(__name__)
@@ -81,19 +82,19 @@ class SetSettings:
 
     def __post_init__(self) -> None:
         if self.scenes is not None and self.scenes not in LEVELS:
-            raise ValueError(f"--scenes is {self.scenes!r}; expected one of {', '.join(LEVELS)}")
+            raise UserError(f"--scenes is {self.scenes!r}; expected one of {', '.join(LEVELS)}")
         if self.scenes is not None and self.folder is not None:
-            raise ValueError("--scenes and --folder: give one of them")
+            raise UserError("--scenes and --folder: give one of them")
         if self.folder is not None and self.items_json is None:
-            raise ValueError("--folder needs --items-json, the items of its images or studies")
+            raise UserError("--folder needs --items-json, the items of its images or studies")
         if self.folder is None and (self.items_json is not None or self.masks is not None):
-            raise ValueError("--items-json and --masks need --folder")
+            raise UserError("--items-json and --masks need --folder")
         for name, value, lowest in (
             ("num-scenes", self.num_scenes, 1), ("tolerance", self.tolerance, 0), ("workers", self.workers, 0),
             ("batch-size", self.batch_size or 1, 1),
         ):  # fmt: skip
             if value < lowest:
-                raise ValueError(f"--{name} is {value}; expected at least {lowest}")
+                raise UserError(f"--{name} is {value}; expected at least {lowest}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ class ExplainOptions(QuestionOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.input is None) == (self.over.scenes is None and self.over.folder is None):
-            raise ValueError("give one input (a file or folder), or a set by --scenes LEVEL or --folder DIR")
+            raise UserError("give one input (a file or folder), or a set by --scenes LEVEL or --folder DIR")
 
 
 def run(options: ExplainOptions) -> dict[str, float]:
@@ -122,8 +123,7 @@ def run(options: ExplainOptions) -> dict[str, float]:
     Raises:
         BadSampleError, CheckpointError, FileNotFoundError, SetupError, ValueError: each one sentence with its remedy.
     """
-    settings = RunOptions(run=RunSettings(device=options.device), distributed=options.distributed)
-    with launch(settings) as ranks:
+    with launch(options.device, options.distributed) as ranks:
         texts = options.texts
         loaded = load_pretrained(options.checkpoint, config=options.model, text_model=options.text_model)
         loaded.model.to(ranks.device)
@@ -177,9 +177,9 @@ def make_output_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output {folder}: cannot write there ({error.strerror}); give another folder") from None
+        raise UserError(f"--output {folder}: cannot write there ({error.strerror}); give another folder") from None
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output {folder}: cannot write there; give another folder")
+        raise UserError(f"--output {folder}: cannot write there; give another folder")
     return folder
 
 
@@ -240,7 +240,7 @@ def measure(options: ExplainOptions, loaded: LoadedModel, ranks: Ranks) -> dict[
 
 def _scenes(over: SetSettings, loaded: LoadedModel) -> tuple[ScenesDataset, dict[str, Any]]:
     if loaded.config["vision_cfg"].get("tower", "vit") != "vit":
-        raise ValueError("--scenes are photographs; a model of studies is measured by --folder")
+        raise UserError("--scenes are photographs; a model of studies is measured by --folder")
     dataset = ScenesDataset(
         split="test",
         num_scenes=over.num_scenes,

@@ -17,18 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 from itemizedclip.evaluation.encoding import EncodingOptions
-from itemizedclip.evaluation.results import file_sha256, progress_bar
 from itemizedclip.models.factory import CheckpointError, LoadedModel, create_transform, transform_spec
+from itemizedclip.runtime.errors import UserError, reported_errors
+from itemizedclip.runtime.files import file_sha256, read_lines
 from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.logs import progress_bar
 from itemizedclip.runtime.precision import resolve_precision
-from itemizedclip.runtime.processes import Ranks, launch, on_main
+from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, on_main
 from itemizedclip.search.build import BuildReport, build_index
 from itemizedclip.search.index import ImageIndex, load_photograph_model
 from itemizedclip.search.plan import BuildOptions
 from itemizedclip.search.recall import BUILT_IN_QUERIES, PrefilterRecall
 from itemizedclip.search.store import FeatureSource, FeatureStore, Storage, read_manifest, write_manifest
-from itemizedclip.training.engine import reported_errors
-from itemizedclip.training.options import DistributedSettings, RunOptions, RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -111,13 +111,9 @@ def read_queries(path: Path) -> list[str]:
     Raises:
         ValueError: no such file, no text file, or no query in it.
     """
-    try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text ({error}); expected one query per line, UTF-8") from error
-    queries = [line.strip() for line in lines if line.strip()]
+    queries = read_lines(path, holding="one query per line")
     if not queries:
-        raise ValueError(f"{path}: holds no query; expected one per line")
+        raise UserError(f"{path}: holds no query; expected one per line")
     return queries
 
 
@@ -127,8 +123,7 @@ def run(options: IndexOptions) -> BuildReport:
     Raises:
         CheckpointError, ImageIndexError, BadSampleError, SetupError, ValueError: each one sentence with its remedy.
     """
-    launch_options = RunOptions(run=RunSettings(device=options.device), distributed=options.distributed)
-    with launch(launch_options) as ranks:
+    with launch(options.device, options.distributed) as ranks:
         queries = on_main(lambda: _queries(options.recall_queries))
         checkpoint = options.checkpoint.expanduser().resolve()
         digest = on_main(lambda: _digest(checkpoint))

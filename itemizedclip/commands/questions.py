@@ -5,7 +5,6 @@ Axes: T items.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +13,11 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
-from itemizedclip.training.options import check_device_name
-from itemizedclip.viewer.inputs import Explanation, ModelInput
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import read_json, read_lines
+from itemizedclip.runtime.processes import check_device_name
+from itemizedclip.viewer.explanation import Explanation
+from itemizedclip.viewer.inputs import ModelInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def items_to_ask(texts: list[str], path: Path, source: ModelInput, *, remedy: st
     """
     items = texts or source.items
     if not items:
-        raise ValueError(f"{path}: has no items of its own; {remedy}")
+        raise UserError(f"{path}: has no items of its own; {remedy}")
     return items
 
 
@@ -72,9 +74,9 @@ def check_texts_flags(flag: str, texts: str | None, file: Path | None, *, exampl
         ValueError: both, or no text between the semicolons.
     """
     if texts is not None and file is not None:
-        raise ValueError(f"--{flag} and --{flag}-file: give one of them")
+        raise UserError(f"--{flag} and --{flag}-file: give one of them")
     if texts is not None and not split_texts(texts):
-        raise ValueError(f'--{flag} holds no text; expected such as "{example}"')
+        raise UserError(f'--{flag} holds no text; expected such as "{example}"')
 
 
 def split_texts(text: str) -> list[str]:
@@ -89,18 +91,16 @@ def read_items_file(path: Path) -> list[str]:
         FileNotFoundError: no such file.
         ValueError: unreadable, or no text in it.
     """
-    try:
-        contents = path.read_text(encoding="utf-8")
-        items = json.loads(contents) if path.suffix.lower() == ".json" else contents.splitlines()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; expected one text per line, or JSON") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); expected UTF-8 text or JSON") from error
-    if not isinstance(items, list) or not all(isinstance(text, str) for text in items):
-        raise ValueError(f'{path}: expected a list of texts such as ["a runway", "parked planes"]')
-    texts = [text.strip() for text in items if text.strip()]
+    holding = 'a list of texts such as ["a runway", "parked planes"]'
+    if path.suffix.lower() == ".json":
+        items = read_json(path, holding=holding)
+        if not isinstance(items, list) or not all(isinstance(text, str) for text in items):
+            raise UserError(f"{path}: expected {holding}")
+        texts = [text.strip() for text in items if text.strip()]
+    else:
+        texts = read_lines(path, holding="one text per line, or JSON")
     if not texts:
-        raise ValueError(f"{path}: holds no text; write one per line")
+        raise UserError(f"{path}: holds no text; write one per line")
     return texts
 
 

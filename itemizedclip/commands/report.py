@@ -18,12 +18,12 @@ import tyro
 from rich.console import Console
 
 from itemizedclip.commands.questions import QuestionOptions, items_to_ask, score_table
-from itemizedclip.evaluation.results import file_sha256
 from itemizedclip.models.factory import LoadedModel, load_pretrained
+from itemizedclip.runtime.errors import UserError, reported_errors
+from itemizedclip.runtime.files import file_sha256, write_text
 from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.logs import logging_to_console
 from itemizedclip.runtime.processes import choose_device
-from itemizedclip.training.engine import reported_errors
-from itemizedclip.training.tracking import logging_to_console
 from itemizedclip.viewer.explanation import Explainer
 from itemizedclip.viewer.inputs import open_input
 from itemizedclip.viewer.page.html import Provenance, described_items, report_html
@@ -61,9 +61,9 @@ class ReportOptions(QuestionOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.port <= 65535:
-            raise ValueError(f"--port is {self.port}; expected 0 (any free one) … 65535")
+            raise UserError(f"--port is {self.port}; expected 0 (any free one) … 65535")
         if self.port and not self.serve:
-            raise ValueError("--port needs --serve")
+            raise UserError("--port needs --serve")
 
 
 def provenance_of(loaded: LoadedModel, checkpoint: Path) -> Provenance:
@@ -73,17 +73,6 @@ def provenance_of(loaded: LoadedModel, checkpoint: Path) -> Provenance:
     return Provenance(name, checkpoint.name, file_sha256(checkpoint), facts, list(loaded.notes))
 
 
-def write_page(page: str, path: Path) -> Path:
-    """Write the page; whoever reads meanwhile sees the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
 def _check_output(path: Path) -> None:
     """Before anything is computed: can the page be written?
 
@@ -91,13 +80,13 @@ def _check_output(path: Path) -> None:
         ValueError: a folder, or a place where nothing can be written.
     """
     if path.is_dir():
-        raise ValueError(f"--output {path}: is a folder; give a file name such as {path / DEFAULT_OUTPUT.name}")
+        raise UserError(f"--output {path}: is a folder; give a file name such as {path / DEFAULT_OUTPUT.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output {path}: cannot write there ({error.strerror}); give another place") from None
+        raise UserError(f"--output {path}: cannot write there ({error.strerror}); give another place") from None
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--output {path}: cannot write into {path.parent}; give another place")
+        raise UserError(f"--output {path}: cannot write into {path.parent}; give another place")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -121,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if items:
             Console().print(score_table(explanation))
         if output is not None:
-            write_page(report_html(explanation, provenance, cut_items=cut), output)
+            write_text(output, report_html(explanation, provenance, cut_items=cut))
             _print_written(output)
         if options.serve:
             serve(report_html(explanation, provenance, cut_items=cut, ask=ASK_PATH), explainer, options.port)

@@ -18,13 +18,13 @@ from rich.text import Text
 
 from itemizedclip.commands.index import read_queries
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.logs import logging_to_console
+from itemizedclip.runtime.processes import check_device_name
 from itemizedclip.search.index import Found, Hit, ImageIndex, open_index
 from itemizedclip.search.recall import PrefilterRecall
 from itemizedclip.search.store import ImageIndexError
-from itemizedclip.training.engine import reported_errors
-from itemizedclip.training.options import RunSettings
-from itemizedclip.training.tracking import logging_to_console
 from itemizedclip.viewer.figures import save_figure
 from itemizedclip.viewer.geometry import Upsampling
 
@@ -81,8 +81,8 @@ class SearchOptions:
     def __post_init__(self) -> None:
         for name in ("top", "candidates"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; expected at least 1")
-        RunSettings(device=self.device)  # knows the devices
+                raise UserError(f"--{name} is {getattr(self, name)}; expected at least 1")
+        check_device_name(self.device)
 
     def all_texts(self) -> list[str]:
         """Texts of the command line and of the file.
@@ -92,7 +92,7 @@ class SearchOptions:
         """
         texts = [*self.texts, *(read_queries(self.queries) if self.queries is not None else ())]
         if not texts or any(not text.strip() for text in texts):
-            raise ValueError(f'no text to look for; expected such as: {PROG} "two planes near a hangar" --index INDEX')
+            raise UserError(f'no text to look for; expected such as: {PROG} "two planes near a hangar" --index INDEX')
         return texts
 
 

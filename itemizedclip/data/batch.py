@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from itemizedclip.runtime.errors import UserError
+
 Tokenizer = Callable[[Sequence[str]], Tensor]
 """Maps N texts to an int64 tensor (N, C)."""
 
@@ -20,7 +22,7 @@ PLACEHOLDER = "Placeholder"
 """Text of an empty item slot (paper: padding item); masked everywhere, so its wording changes nothing."""
 
 
-class BadSampleError(ValueError):
+class BadSampleError(UserError):
     """A sample that cannot be used: the message names the file, the field, what was expected and what to do."""
 
 

@@ -8,7 +8,6 @@ Axes: K item slots.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,9 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
+
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import read_json
 
 ITEM_SEPARATOR = ". "
 """What stands between items joined into one text."""
@@ -32,7 +34,7 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
         ValueError: a negative argument.
     """
     if min(seed, epoch, index) < 0:
-        raise ValueError(f"seed, epoch and index must not be negative, got {seed}, {epoch}, {index}")
+        raise UserError(f"seed, epoch and index must not be negative, got {seed}, {epoch}, {index}")
     return np.random.default_rng(np.random.SeedSequence(int(seed), spawn_key=(int(epoch), int(index))))
 
 
@@ -103,7 +105,7 @@ def diverse_sample(
     """
     _check_draw(items, K)
     if max_joined < 1:
-        raise ValueError(f"max_joined must be at least 1, got {max_joined}")
+        raise UserError(f"max_joined must be at least 1, got {max_joined}")
     max_drawn = min(max_joined, len(items)) if limit_joined_to_items else max_joined
     texts = []
     for _ in range(K):
@@ -122,9 +124,9 @@ def _draw_joined(items: Sequence[str], m: int, generator: np.random.Generator) -
 
 def _check_draw(items: Sequence[str], K: int) -> None:
     if not items:
-        raise ValueError("no text item to draw from; expected at least one")
+        raise UserError("no text item to draw from; expected at least one")
     if K < 1:
-        raise ValueError(f"K, the number of items per image, must be at least 1, got {K}")
+        raise UserError(f"K, the number of items per image, must be at least 1, got {K}")
 
 
 def is_normal_study(items: Sequence[str], *, chest_ct: bool) -> bool:
@@ -169,63 +171,22 @@ def load_item_lists(path: str | Path, *, integer_keys: bool = False) -> dict[Any
     entries = read_json(path, holding="item lists")
     expected = 'expected an object {"key": ["item", ...], ...}'
     if not isinstance(entries, dict):
-        raise ValueError(f"{path}: {expected}, found {_json_type(entries)}")
+        raise UserError(f"{path}: {expected}, found {_json_type(entries)}")
     lists: dict[int | str, list[str]] = {}
     for key, items in entries.items():
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             found = _json_type(items) if not isinstance(items, list) else "a list with other values in it"
-            raise ValueError(f"{path}: key {key!r}: expected a list of strings, found {found}")
+            raise UserError(f"{path}: key {key!r}: expected a list of strings, found {found}")
         name = _integer_key(path, key) if integer_keys else key
         if name in lists:
-            raise ValueError(f"{path}: key {key!r}: number {name} appears twice")
+            raise UserError(f"{path}: key {key!r}: number {name} appears twice")
         lists[name] = [item.strip() for item in items if item.strip()]
     return lists
 
 
-def read_json(path: str | Path, *, holding: str) -> object:
-    """Content of a JSON file in UTF-8.
-
-    Args:
-        path: the file.
-        holding: what the file should hold, for messages, such as "class labels".
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not UTF-8, not JSON, nested too deeply, or a key that stands twice in one object.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a JSON file with {holding}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object_without_repeats)
-    except _RepeatedKeyError as error:
-        raise ValueError(f"{path}: key {error} appears twice; keep one of the entries") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text with {holding}: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply; expected {holding}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); expected {holding}") from None
-
-
-class _RepeatedKeyError(ValueError):
-    """A JSON object holds a key twice."""
-
-
-def _object_without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _RepeatedKeyError(repr(key))
-            seen.add(key)
-    return entries
-
-
 def _integer_key(path: Path, key: str) -> int:
     if not (key.isascii() and key.isdigit() and len(key) <= 18):
-        raise ValueError(f'{path}: key {key!r}: expected a decimal index such as "12"')
+        raise UserError(f'{path}: key {key!r}: expected a decimal index such as "12"')
     return int(key)
 
 

@@ -17,6 +17,8 @@ import re
 import warnings
 from collections.abc import Sized
 
+from itemizedclip.runtime.errors import UserError
+
 _SPACE = re.compile(r"\s*")
 _SEPARATOR = re.compile(r"\s*,?\s*")
 
@@ -26,7 +28,7 @@ MAX_ENTRIES = 1000
 """Most strings of an array or keys of a record; more is damaged or hostile data."""
 
 
-class LiteralError(ValueError):
+class LiteralError(UserError):
     """The text is not the literal that was expected; the message gives the position and what stands there."""
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from itemizedclip.data.batch import BadSampleError, ItemBatch, ItemSample
+from itemizedclip.runtime.errors import UserError
 
 DUPLICATE_SHARE = 0.05
 """Share of a batch's items with a text that another image has too, above which a warning is due."""
 
 
-class PreflightError(ValueError):
+class PreflightError(UserError):
     """Training cannot start: the message says what is wrong and what to do."""
 
 

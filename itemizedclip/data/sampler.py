@@ -7,7 +7,6 @@ Axes: N samples, W ranks, B samples per rank and step.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +15,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from itemizedclip.data.batch import BadSampleError, ItemBatch, ItemSample
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.processes import stable_seed
 
 Key = tuple[int, int]
 """(epoch, index) of a sample."""
@@ -53,7 +54,7 @@ class EpochSampler(Sampler[Key]):
         shuffle: bool = True,
     ) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in 0 … {world_size - 1}")
+            raise UserError(f"rank {rank} is not in 0 … {world_size - 1}")
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.rank = rank
@@ -62,7 +63,7 @@ class EpochSampler(Sampler[Key]):
         self.shuffle = shuffle
         self.steps_per_epoch = num_samples // (batch_size * world_size)
         if self.steps_per_epoch < 1:
-            raise ValueError(
+            raise UserError(
                 f"{num_samples} samples do not fill one step of {batch_size * world_size} "
                 f"({world_size} processes of {batch_size}): lower --batch-size, --accum-batch or --accum-freq, "
                 "use fewer processes, or give more data"
@@ -72,7 +73,7 @@ class EpochSampler(Sampler[Key]):
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose the epoch of the next iteration and the step it begins with (for resuming)."""
         if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"step {start_step} is not in this epoch of {self.steps_per_epoch} steps")
+            raise UserError(f"step {start_step} is not in this epoch of {self.steps_per_epoch} steps")
         self.epoch = epoch
         self.start_step = start_step
 
@@ -98,7 +99,7 @@ class EvalShard(Sampler[int]):
 
     def __init__(self, num_samples: int, *, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in 0 … {world_size - 1}")
+            raise UserError(f"rank {rank} is not in 0 … {world_size - 1}")
         self.indices = range(rank, num_samples, world_size)
 
     def __iter__(self) -> Iterator[int]:
@@ -111,12 +112,6 @@ class EvalShard(Sampler[int]):
 def _generator(purpose: str, *numbers: int) -> torch.Generator:
     """Generator whose stream depends on the purpose and every number."""
     return torch.Generator().manual_seed(stable_seed(purpose, *numbers))
-
-
-def stable_seed(purpose: str, *numbers: int) -> int:
-    """A seed in [0, 2^63) from a purpose and numbers: unrelated for different arguments, the same on every machine."""
-    digest = hashlib.sha256(repr((purpose, *map(int, numbers))).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 # --- samples that cannot be used -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itemizedclip.data.batch import ItemSample
+from itemizedclip.runtime.errors import UserError
 
 GENERATOR_VERSION = 1
 """Raise when a change makes other pixels or items from the same arguments; part of the fingerprint."""
@@ -116,11 +117,11 @@ class SceneLevel:
         for holds, field_names, expected in rules:
             if not holds:
                 values = ", ".join(f"{field}={getattr(self, field)}" for field in field_names.split(", "))
-                raise ValueError(f"scene level {self.name!r}: {values}; expected {expected}")
+                raise UserError(f"scene level {self.name!r}: {values}; expected {expected}")
         num_pairs = self.num_colours * len(DIGIT_WORDS)
         seen = num_pairs - round(self.held_out_fraction * num_pairs)
         if self.max_items > seen:
-            raise ValueError(
+            raise UserError(
                 f"scene level {self.name!r}: max_items={self.max_items}; expected at most {seen}, the colour-digit "
                 "pairs that training may show, since no scene shows a pair twice"
             )
@@ -206,7 +207,7 @@ def resolve_level(level: str | SceneLevel) -> SceneLevel:
     if isinstance(level, SceneLevel):
         return level
     if level not in LEVELS:
-        raise ValueError(f"unknown scene level {level!r}; expected one of {', '.join(LEVELS)}")
+        raise UserError(f"unknown scene level {level!r}; expected one of {', '.join(LEVELS)}")
     return LEVELS[level]
 
 
@@ -270,7 +271,7 @@ def split_glyphs(split: str) -> tuple[tuple[int, ...], ...]:
     scenes show mostly hands that training never saw (an RBF SVM on the plain digits: 95% right, 99% when shuffled).
     """
     if split not in SPLIT_SHARES:
-        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLIT_SHARES)}")
+        raise UserError(f"unknown split {split!r}; expected one of {', '.join(SPLIT_SHARES)}")
     names = list(SPLIT_SHARES)
     before = math.fsum(SPLIT_SHARES[name] for name in names[: names.index(split)])
     _, digit_of_glyph = _handwriting()
@@ -436,7 +437,7 @@ def _render(level: SceneLevel, pairs: list[ClassPair], split: str, rng: np.rando
     colours = [c.colour for c in classes]
     layout = next(filter(None, (_place(glyphs, colours, level, rng) for _ in range(_LAYOUT_ATTEMPTS))), None)
     if layout is None:
-        raise ValueError(
+        raise UserError(
             f"scene level {level.name!r}: found no place for {K} digits of {level.small_px} to {level.large_px} px in "
             f"{level.image_size} px with max_overlap={level.max_overlap}; lower max_items or the sizes, or raise "
             "max_overlap or image_size"
@@ -521,11 +522,11 @@ class ScenesDataset(Dataset[ItemSample]):
         shuffle_items: bool = False,
     ) -> None:
         if split not in SPLIT_SHARES:
-            raise ValueError(f"split={split!r}; expected one of {', '.join(SPLIT_SHARES)}")
+            raise UserError(f"split={split!r}; expected one of {', '.join(SPLIT_SHARES)}")
         if num_scenes < 1:
-            raise ValueError(f"num_scenes={num_scenes}; expected at least 1")
+            raise UserError(f"num_scenes={num_scenes}; expected at least 1")
         if seed < 0:
-            raise ValueError(f"seed={seed}; expected at least 0")
+            raise UserError(f"seed={seed}; expected at least 0")
         self.split = split
         self.num_scenes = int(num_scenes)
         self.level = resolve_level(level)

@@ -24,7 +24,6 @@ from itemizedclip.data.batch import Tokenizer
 from itemizedclip.evaluation.encoding import (
     EncodingOptions,
     ItemDataset,
-    Progress,
     encode_images,
     encode_texts,
     evaluation_mode,
@@ -35,6 +34,8 @@ from itemizedclip.evaluation.encoding import (
 from itemizedclip.evaluation.ranks import top_k_table
 from itemizedclip.evaluation.tcsim import Scoring, create_scorer
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.logs import OnProgress
 
 TOP_CUTOFFS = (1, 5)
 """k of the top-k accuracies."""
@@ -55,12 +56,12 @@ class ClassPrompts:
 
     def __post_init__(self) -> None:
         if not self.names or len(self.names) != len(self.prompts):
-            raise ValueError(f"{len(self.names)} class names, {len(self.prompts)} lists of prompts; expected one each")
+            raise UserError(f"{len(self.names)} class names, {len(self.prompts)} lists of prompts; expected one each")
         if len(set(self.names)) != len(self.names):
-            raise ValueError(f"class names must differ, got {list(self.names)}")
+            raise UserError(f"class names must differ, got {list(self.names)}")
         for name, prompts in zip(self.names, self.prompts):
             if isinstance(prompts, str) or not prompts:
-                raise ValueError(f"class {name!r}: expected a list of at least one prompt, got {prompts!r}")
+                raise UserError(f"class {name!r}: expected a list of at least one prompt, got {prompts!r}")
 
     @classmethod
     def from_templates(cls, names: Sequence[str], templates: Sequence[str]) -> ClassPrompts:
@@ -70,7 +71,7 @@ class ClassPrompts:
         """
         for template in templates:
             if CLASS_SLOT not in template:
-                raise ValueError(f"template {template!r} lacks {CLASS_SLOT}, the place of the class name")
+                raise UserError(f"template {template!r} lacks {CLASS_SLOT}, the place of the class name")
         return cls(tuple(names), [[template.replace(CLASS_SLOT, name) for template in templates] for name in names])
 
     @property
@@ -152,24 +153,24 @@ class _ClassEvaluator(ABC):
     normalise_tokens: bool = True
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
     score_dtype: torch.dtype = torch.float32
-    on_progress: Progress | None = None
+    on_progress: OnProgress | None = None
     facts: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.labels) <= len(self.dataset):
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: {len(self.labels)} labels for {len(self.dataset)} images; expected one label per image, "
                 "at least one and no more than images"
             )
         if not self.scorings or len(set(self.scorings)) != len(self.scorings):
-            raise ValueError(f"{self.name}: scorings are {list(self.scorings)}; expected tcsim, global or both")
+            raise UserError(f"{self.name}: scorings are {list(self.scorings)}; expected tcsim, global or both")
 
     def run(self, model: DualEncoder) -> dict[str, float]:
         """The measures, the same on every rank; all ranks must call it."""
         table: dict[str, float] = {}
         for scoring, scores_NC in self.scores(model).items():
             if torch.isnan(scores_NC).any():
-                raise ValueError(f"{self.name}: scores hold NaN: check the weights and the precision")
+                raise UserError(f"{self.name}: scores hold NaN: check the weights and the precision")
             prefix = f"{scoring}/" if len(self.scorings) > 1 else ""
             table |= {prefix + key: value for key, value in self.measures(scores_NC).items()}
         return table
@@ -231,7 +232,7 @@ class SingleLabelEvaluator(_ClassEvaluator):
         C = len(self.classes.names)
         wrong = [label for label in self.labels if not 0 <= label < C]
         if wrong:
-            raise ValueError(f"{self.name}: labels must be 0 … {C - 1} for {C} classes, got {wrong[0]}")
+            raise UserError(f"{self.name}: labels must be 0 … {C - 1} for {C} classes, got {wrong[0]}")
 
     def measures(self, scores_NC: Tensor) -> dict[str, float]:
         """`top1`, `top5`, `mean_rank`."""
@@ -252,9 +253,9 @@ class MultiLabelEvaluator(_ClassEvaluator):
         self.labels = np.asarray(self.labels, dtype=np.float64)
         C = len(self.classes.names)
         if self.labels.ndim != 2 or self.labels.shape[1] != C:
-            raise ValueError(f"{self.name}: labels must be (images, {C} classes), got {self.labels.shape}")
+            raise UserError(f"{self.name}: labels must be (images, {C} classes), got {self.labels.shape}")
         if not (np.isin(self.labels, (0, 1)) | np.isnan(self.labels)).all():
-            raise ValueError(f"{self.name}: labels must be 0, 1 or NaN (unknown)")
+            raise UserError(f"{self.name}: labels must be 0, 1 or NaN (unknown)")
         super().__post_init__()
 
     def measures(self, scores_NC: Tensor) -> dict[str, float]:
@@ -263,7 +264,7 @@ class MultiLabelEvaluator(_ClassEvaluator):
         known = {name: auc for name, auc in zip(self.classes.names, per_class) if auc is not None}
         self.facts["undefined_classes"] = [name for name in self.classes.names if name not in known]
         if not known:
-            raise ValueError(f"{self.name}: no class has both positive and negative images, so no AUC exists")
+            raise UserError(f"{self.name}: no class has both positive and negative images, so no AUC exists")
         return {"macro_auc": float(np.mean(list(known.values())))} | {f"auc/{name}": auc for name, auc in known.items()}
 
 

@@ -8,7 +8,7 @@ whatever the number of ranks, and so is every number computed from it, to the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,9 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from itemizedclip.data.batch import BadSampleError, ItemSample, Tokenizer, trim_padding
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.runtime import collectives
-
-Progress = Callable[[int, int], None]
-"""Called after each batch with (images done, images to do) of this rank."""
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.logs import OnProgress
 
 
 class ItemDataset(Protocol):
@@ -55,7 +54,7 @@ class EncodingOptions:
     def __post_init__(self) -> None:
         for name, lowest in (("batch_size", 1), ("text_batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < lowest:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {lowest}")
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least {lowest}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def encode_images(
     options: EncodingOptions,
     *,
     num_images: int | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Iterator[ImageBatch]:
     """This rank's share of the first `num_images` images (default: all), encoded.
 

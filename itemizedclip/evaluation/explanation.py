@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from itemizedclip.data.batch import Tokenizer
+from itemizedclip.evaluation.attention import ItemMaps, maps_of_features
 from itemizedclip.evaluation.encoding import (
     EncodingOptions,
     ItemDataset,
-    Progress,
     encode_images,
     encode_texts,
     evaluation_mode,
@@ -33,7 +33,8 @@ from itemizedclip.evaluation.encoding import (
 from itemizedclip.evaluation.tcsim import float_head
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
-from itemizedclip.viewer.geometry import ItemMaps, maps_of_features
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.logs import OnProgress
 
 FIXED_THRESHOLD = 0.5
 """Pixels above this fraction of their map's maximum count as the item, in `miou`."""
@@ -150,7 +151,7 @@ class ExplainEvaluator:
     normalise_tokens: bool = False
     tolerance_px: float | tuple[float, ...] = 0.0
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
-    on_progress: Progress | None = None
+    on_progress: OnProgress | None = None
     facts: dict[str, Any] = field(default_factory=dict, init=False)
 
     @torch.no_grad()
@@ -162,7 +163,7 @@ class ExplainEvaluator:
             ValueError: an empty data set, masks that do not fit the items or the image, or scores that are not finite.
         """
         if not len(self.dataset):
-            raise ValueError(f"{self.name}: the data set is empty")
+            raise UserError(f"{self.name}: the data set is empty")
         device = model_device(model)
         get_masks = getattr(self.dataset, "masks", None)
         with evaluation_mode(model):
@@ -206,7 +207,7 @@ class ExplainEvaluator:
         """One row of float64 (1, _COLUMNS) about image `row`."""
         K, grid, maps_KL = len(maps), maps.grid, maps.weights.flatten(1)
         if not (torch.isfinite(maps.scores).all() and torch.isfinite(maps_KL).all()):
-            raise ValueError(f"{self.name}: scores of image {row} are not finite: check the weights and the precision")
+            raise UserError(f"{self.name}: scores of image {row} are not finite: check the weights and the precision")
         findings = torch.zeros((1, _COLUMNS), dtype=torch.float64)
         findings[0, _LOWEST] = maps.scores.min().double()
         findings[0, _SIMILARITY] = mean_map_similarity(maps_KL)
@@ -218,7 +219,7 @@ class ExplainEvaluator:
         fits = masks_K.dtype == torch.bool and len(masks_K) == K and masks_K.dim() == 1 + len(grid)
         if not fits or (len(grid) == 4 and masks_K.shape[1] != grid[0]):
             axes = "rows, columns" if len(grid) == 2 else f"{grid[0]} series, slices, rows, columns"
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: masks of image {row} are {masks_K.dtype} {tuple(masks_K.shape)} for {K} items on a "
                 f"token grid {tuple(grid)}; expected bool ({K}, {axes})"
             )
@@ -237,7 +238,7 @@ class ExplainEvaluator:
         given = self.tolerance_px
         per_axis = (float(given),) * pixel_axes if isinstance(given, (int, float)) else tuple(given)
         if len(per_axis) != pixel_axes:
-            raise ValueError(f"{self.name}: tolerance_px is {given}; expected one number or {pixel_axes}, one per axis")
+            raise UserError(f"{self.name}: tolerance_px is {given}; expected one number or {pixel_axes}, one per axis")
         return per_axis if num_axes == 2 else (0.0, *per_axis)
 
 

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from itemizedclip.runtime.errors import UserError
+
 RETRIEVAL_CUTOFFS = (1, 5, 10, 50, 100)
 """k of R@k in the tables of natural images."""
 
@@ -71,7 +73,7 @@ class RivalCounts:
     def __init__(self, owner_M: Tensor) -> None:
         """`owner_M`: int64, the image each text belongs to."""
         if owner_M.dim() != 1 or owner_M.numel() == 0 or owner_M.is_floating_point():
-            raise ValueError(f"owner must name the image of each text, int64 (M,) with M ≥ 1, got {_describe(owner_M)}")
+            raise UserError(f"owner must name the image of each text, int64 (M,) with M ≥ 1, got {_describe(owner_M)}")
         self.owner_M = owner_M.long()
         self.true_scores_M = torch.zeros(len(owner_M), dtype=torch.float32, device=owner_M.device)
         self.rival_texts_M = torch.zeros_like(self.owner_M)
@@ -130,9 +132,9 @@ class RivalCounts:
     def _checked(self, rows_B: Tensor, scores_BM: Tensor) -> Tensor:
         expected = (len(rows_B), len(self.owner_M))
         if tuple(scores_BM.shape) != expected:
-            raise ValueError(f"scores must be (images, texts) = {expected}, got {tuple(scores_BM.shape)}")
+            raise UserError(f"scores must be (images, texts) = {expected}, got {tuple(scores_BM.shape)}")
         if torch.isnan(scores_BM).any():
-            raise ValueError("scores hold NaN, which no rank can be made of: check the weights and the precision")
+            raise UserError("scores hold NaN, which no rank can be made of: check the weights and the precision")
         return scores_BM.float()
 
 
@@ -155,11 +157,11 @@ def retrieval_ranks(scores_NM: Tensor, owner_M: Tensor) -> RetrievalRanks:
         ValueError: shapes that do not fit, an owner that is no image, or a NaN.
     """
     if scores_NM.dim() != 2:
-        raise ValueError(f"scores must be (images, texts), got {_describe(scores_NM)}")
+        raise UserError(f"scores must be (images, texts), got {_describe(scores_NM)}")
     counts = RivalCounts(owner_M)
     N = len(scores_NM)
     if int(owner_M.min()) < 0 or int(owner_M.max()) >= N:
-        raise ValueError(f"owner must be 0 … {N - 1} for {N} images, got {int(owner_M.min())} … {int(owner_M.max())}")
+        raise UserError(f"owner must be 0 … {N - 1} for {N} images, got {int(owner_M.min())} … {int(owner_M.max())}")
     rows_N = torch.arange(N, device=owner_M.device)
     counts.add_rows(rows_N, scores_NM)
     counts.add_columns(rows_N, scores_NM)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from itemizedclip.evaluation.encoding import Progress as OnProgress
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import write_json
 
 Protocol = Literal["corrected", "published"]
 """Whether known defects of the published evaluation are corrected (the default everywhere) or reproduced."""
@@ -50,24 +45,8 @@ def write_results(path: str | Path, report: EvaluationReport) -> None:
     path = Path(path)
     bad = [name for name, value in report.metrics.items() if not math.isfinite(value)]
     if bad:
-        raise ValueError(f"{path}: metrics {', '.join(bad)} are not finite and are not written as a result")
-    try:
-        text = json.dumps(asdict(report), indent=2, allow_nan=False)
-    except TypeError as error:
-        raise ValueError(f"{path}: facts must be numbers, strings, lists and dicts ({error})") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, which says which checkpoint or annotation file a result came from."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        raise UserError(f"{path}: metrics {', '.join(bad)} are not finite and are not written as a result")
+    write_json(path, asdict(report))
 
 
 def metrics_table(title: str, metrics: Mapping[str, float], facts: Mapping[str, Any] | None = None) -> Table:
@@ -92,13 +71,3 @@ def format_measure(name: str, value: float) -> str:
     if "R@" in leaf or leaf.startswith(("top", "complete@")) or leaf in ("pointing_game", "nowhere_share"):
         return f"{100 * value:.1f} %"
     return f"{value:.4f}"
-
-
-@contextmanager
-def progress_bar(label: str, *, enabled: bool) -> Iterator[OnProgress]:
-    """A bar on standard error, fed with (done, to do); nothing when that is no terminal."""
-    console = Console(stderr=True)
-    columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, to_do: bar.update(task, completed=done, total=to_do)

@@ -21,7 +21,6 @@ from itemizedclip.data.batch import Tokenizer
 from itemizedclip.evaluation.encoding import (
     EncodingOptions,
     ItemDataset,
-    Progress,
     encode_images,
     encode_texts,
     evaluation_mode,
@@ -33,6 +32,8 @@ from itemizedclip.evaluation.ranks import RetrievalRanks, RivalCounts, validatio
 from itemizedclip.evaluation.tcsim import Scoring, TextScorer, create_scorer
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.runtime import collectives
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.logs import OnProgress
 
 KEPT_SCORE_BYTES = 2**30
 """A rank keeps its images' scores for the second pass up to this many bytes; beyond, it computes them again."""
@@ -67,7 +68,7 @@ class RetrievalEvaluator:
     equal_texts_are_rivals: bool = True
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
     score_dtype: torch.dtype = torch.float32
-    on_progress: Progress | None = None
+    on_progress: OnProgress | None = None
     facts: dict[str, Any] = field(default_factory=dict, init=False)
 
     def run(self, model: DualEncoder) -> dict[str, float]:
@@ -78,7 +79,7 @@ class RetrievalEvaluator:
             ValueError: an empty data set, or scores that are not finite.
         """
         if not len(self.dataset):
-            raise ValueError(f"{self.name}: the data set is empty")
+            raise UserError(f"{self.name}: the data set is empty")
         with evaluation_mode(model):
             return self.table(self.ranks(model))
 
@@ -137,7 +138,7 @@ class RetrievalEvaluator:
         return own_BU[:, number_M] > 0
 
     def _scores(
-        self, model: DualEncoder, scorer: TextScorer, on_progress: Progress | None
+        self, model: DualEncoder, scorer: TextScorer, on_progress: OnProgress | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's images, batch by batch: rows (B,) and scores (B, U)."""
         for batch in encode_images(model, self.dataset, self.encoding, on_progress=on_progress):

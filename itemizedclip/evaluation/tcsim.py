@@ -41,6 +41,7 @@ from torch import Tensor
 
 from itemizedclip.models.dual_encoder import ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
+from itemizedclip.runtime.errors import UserError
 
 Scoring = Literal["tcsim", "global"]
 """TCSim, or the cosine of global features (plain CLIP)."""
@@ -144,7 +145,7 @@ class TcsimScorer(TextScorer):
         block_bytes: int | None = None,
     ) -> None:
         if texts_MD.dim() != 2 or texts_MD.shape[1] != head.width or not len(texts_MD):
-            raise ValueError(f"texts must be (M, {head.width}) with M ≥ 1, got {tuple(texts_MD.shape)}")
+            raise UserError(f"texts must be (M, {head.width}) with M ≥ 1, got {tuple(texts_MD.shape)}")
         self.normalise_tokens = normalise_tokens
         self.dtype = dtype
         self.num_texts = len(texts_MD)
@@ -225,7 +226,7 @@ def create_scorer(
         return TcsimScorer(head, texts_MD, normalise_tokens=normalise_tokens, dtype=dtype, block_bytes=block_bytes)
     if scoring == "global":
         return GlobalScorer(texts_MD, block_bytes=block_bytes)
-    raise ValueError(f"unknown scoring {scoring!r}; expected tcsim or global")
+    raise UserError(f"unknown scoring {scoring!r}; expected tcsim or global")
 
 
 @torch.no_grad()
@@ -327,7 +328,7 @@ class TopK:
 
     def __init__(self, k: int, num_rows: int, *, device: torch.device | str = "cpu") -> None:
         if k < 1 or num_rows < 0:
-            raise ValueError(f"k must be at least 1 and num_rows not negative, got k = {k}, num_rows = {num_rows}")
+            raise UserError(f"k must be at least 1 and num_rows not negative, got k = {k}, num_rows = {num_rows}")
         self.k = k
         self._keys_Rk = torch.full((num_rows, k), self._EMPTY, dtype=torch.int64, device=device)
 
@@ -338,9 +339,9 @@ class TopK:
             ValueError: a NaN, or a column number out of range.
         """
         if torch.isnan(scores_RC).any():
-            raise ValueError("scores hold NaN, which cannot be ordered: check the weights and the precision")
+            raise UserError("scores hold NaN, which cannot be ordered: check the weights and the precision")
         if len(columns_C) and not 0 <= int(columns_C.min()) <= int(columns_C.max()) <= self._MAX_COLUMN:
-            raise ValueError(f"column numbers must be 0 … {self._MAX_COLUMN}")
+            raise UserError(f"column numbers must be 0 … {self._MAX_COLUMN}")
         keys_RC = (_order_preserving_int(scores_RC) << 32) | (self._MAX_COLUMN - columns_C)
         best_of_block = keys_RC.topk(min(self.k, keys_RC.shape[1]), dim=1).values
         joined = torch.cat([self._keys_Rk[rows], best_of_block], dim=1)

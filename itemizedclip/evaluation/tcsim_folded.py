@@ -35,6 +35,7 @@ from itemizedclip.evaluation.tcsim import (
 )
 from itemizedclip.models.dual_encoder import ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
+from itemizedclip.runtime.errors import UserError
 
 MAX_TEXTS_PER_BLOCK = 64
 """Texts whose attention weights are held at once."""
@@ -57,7 +58,7 @@ class FoldedScorer(TextScorer):
         self, head: ItemAttention, texts_MD: Tensor, *, normalise_tokens: bool, block_bytes: int | None = None
     ) -> None:
         if texts_MD.dim() != 2 or texts_MD.shape[1] != head.width or not len(texts_MD):
-            raise ValueError(f"texts must be (M, {head.width}) with M ≥ 1, got {tuple(texts_MD.shape)}")
+            raise UserError(f"texts must be (M, {head.width}) with M ≥ 1, got {tuple(texts_MD.shape)}")
         H, D = head.num_heads, head.width
         self.normalise_tokens = normalise_tokens
         self.num_texts = len(texts_MD)

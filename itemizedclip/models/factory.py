@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -27,12 +26,14 @@ from torch import Tensor
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.tokenizers import ClipTokenizer
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import read_json
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 ENTRY_POINT_GROUP = "itemizedclip.models"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used: the message names the file, what was expected and what to do."""
 
 
@@ -78,17 +79,16 @@ def load_model_config(name_or_path: str | Path) -> dict[str, Any]:
         if not path.is_file():
             near = difflib.get_close_matches(str(name_or_path), files, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(
+            raise UserError(
                 f"no model named {name_or_path}{hint}; known: {', '.join(sorted(files))}; "
                 "or give the path of a config .json"
             )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON model config ({error})") from error
+    config = read_json(path, holding="a model config")
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a model config, an object {{…}}")
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if missing:
-        raise ValueError(f"{path}: model config lacks {', '.join(missing)}")
+        raise UserError(f"{path}: model config lacks {', '.join(missing)}")
     config.setdefault("name", path.stem)
     return config
 
@@ -97,14 +97,14 @@ def _family(config: Mapping[str, Any]) -> type[DualEncoder]:
     name = config["vision_cfg"].get("tower", "vit")
     families = _families()
     if name not in families:
-        raise ValueError(
+        raise UserError(
             f"vision_cfg.tower is {name!r}; installed families: {', '.join(sorted(families))}. "
             "Run `pip install -e .` in the project so that the wings register theirs."
         )
     try:
         return families[name]()
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"models with vision_cfg.tower {name!r} need the package {error.name}: pip install -e '.[radiology]'"
         ) from error
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
+from itemizedclip.runtime.errors import UserError
 
 
 class SharedProjection(nn.Module):
@@ -68,9 +69,9 @@ class ItemizedCLIP2D(DualEncoder):
         """Features of (B, 3, H, W) images; series names do not apply and must be None."""
         expected = (3, *self.visual.image_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
+            raise UserError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
         if series_names is not None:
-            raise ValueError("this model takes no series names: it reads photographs, not studies")
+            raise UserError("this model takes no series names: it reads photographs, not studies")
         pooled, tokens = self.visual(images)
         return ImageFeatures(self.image_post(pooled), self.image_post(tokens), tuple(self.visual.grid_size))
 
@@ -81,7 +82,7 @@ class ItemizedCLIP2D(DualEncoder):
         """
         C = tokens_NC.shape[1]
         if self.context_length < C:
-            raise ValueError(f"texts have {C} tokens, the text tower takes {self.context_length}")
+            raise UserError(f"texts have {C} tokens, the text tower takes {self.context_length}")
         x = self.token_embedding(tokens_NC) + self.positional_embedding[:C]
         x = self.transformer(x, attn_mask=self.causal_mask(C, x.dtype))
         x = self.ln_final(x)

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from itemizedclip.runtime.errors import UserError
+
 OptionsT = TypeVar("OptionsT")
 
 
@@ -55,3 +57,28 @@ def ending_quietly() -> Iterator[None]:
         # The interpreter's last flush shall not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+# --- rules of fields -------------------------------------------------------------------------------------------------
+
+
+def check(holds: bool, message: str) -> None:
+    """Fail with a sentence when a rule of an option does not hold.
+
+    Raises:
+        UserError: the sentence.
+    """
+    if not holds:
+        raise UserError(message)
+
+
+def at_least(owner: object, **minimum: float) -> None:
+    """Fail with a sentence when a field of `owner` lies below its minimum; None is no value and passes.
+
+    Raises:
+        UserError: names the flag, its value and the minimum.
+    """
+    for name, lowest in minimum.items():
+        value = getattr(owner, name)
+        if value is not None:
+            check(value >= lowest, f"--{name.replace('_', '-')} is {value}; expected at least {lowest}")

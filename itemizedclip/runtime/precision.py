@@ -6,9 +6,7 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.runtime.processes import SetupError
 
 
@@ -60,14 +58,3 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         raise SetupError(f"--precision {name}: this GPU does not compute bfloat16; use --precision amp")
     dtype = {"amp": torch.float16, "amp_bf16": torch.bfloat16, "bf16": torch.bfloat16}.get(name)
     return Precision(name, device.type, dtype)
-
-
-def cast_towers(model: DualEncoder, precision: Precision) -> None:
-    """For bf16: hold the towers' parameters in bfloat16; head, logit scale and logit bias stay float32."""
-    if precision.name != "bf16":
-        return
-    for part in [*model.image_tower(), *model.text_tower()]:
-        if isinstance(part, nn.Parameter):
-            part.data = part.data.to(torch.bfloat16)
-        else:
-            part.to(torch.bfloat16)

@@ -6,8 +6,10 @@ else changes. `itemizedclip.runtime.collectives` holds what the processes tell e
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -15,16 +17,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from itemizedclip.data.sampler import stable_seed
 from itemizedclip.runtime.collectives import broadcast_object, is_distributed, is_main
-from itemizedclip.training.options import RunOptions
-from itemizedclip.training.tracking import logging_to_console
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.flags import at_least, check
+from itemizedclip.runtime.logs import logging_to_console
 
 T = TypeVar("T")
 
@@ -32,8 +34,36 @@ GLOO_SETTLE_S = 0.2
 """Seconds between the last collective and the end of a gloo process group; see `leave_process_group`."""
 
 
-class SetupError(ValueError):
+class SetupError(UserError):
     """The machine cannot do what the options ask for: the message says what to change."""
+
+
+def check_device_name(name: str) -> None:
+    """Whether --device names a device; whether the machine has it, `choose_device` finds out.
+
+    Raises:
+        ValueError: any other name.
+    """
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
+    check(known, f"--device is {name!r}; expected auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True)
+class DistributedSettings:
+    """Several processes, started by torchrun."""
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: nccl on GPUs, gloo on CPUs."""
+
+    dist_timeout: float = 30.0
+    """Minutes a process waits for the others before the run is given up."""
+
+    threads: int = 0
+    """CPU threads per process; 0: under torchrun on CPUs the cores shared out, else PyTorch's choice."""
+
+    def __post_init__(self) -> None:
+        at_least(self, threads=0)
+        check(self.dist_timeout > 0, f"--dist-timeout is {self.dist_timeout}; expected minutes, more than 0")
 
 
 @dataclass(frozen=True)
@@ -84,17 +114,23 @@ def choose_device(name: str, local_rank: int, local_world_size: int) -> torch.de
 
 
 @contextmanager
-def launch(options: RunOptions) -> Iterator[Ranks]:
+def launch(device_name: str = "auto", settings: DistributedSettings | None = None, *, seed: int = 0) -> Iterator[Ranks]:
     """Join the process group if there is one, pick the device, seed, show the log; leave cleanly, also after an error.
 
-    Build the model inside this context: its random weights then follow --seed.
+    Build the model inside this context: its random weights then follow the seed.
+
+    Args:
+        device_name: see `check_device_name`.
+        settings: backend, time-out and threads.
+        seed: of Python, NumPy and PyTorch, the same on every rank.
 
     Raises:
         SetupError: device, backend or variables of torchrun do not fit.
     """
+    settings = settings or DistributedSettings()
     rank, local_rank, world_size, local_world_size = _environment()
-    device = choose_device(options.run.device, local_rank, local_world_size)
-    _set_threads(options.distributed.threads, device, local_world_size)
+    device = choose_device(device_name, local_rank, local_world_size)
+    _set_threads(settings.threads, device, local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # TF32 in convolutions only: float32 matrix products are those of the logits, which need their digits.
@@ -103,8 +139,8 @@ def launch(options: RunOptions) -> Iterator[Ranks]:
         torch.backends.cudnn.benchmark = True
     owns_group = world_size > 1 and not is_distributed()
     if owns_group:
-        _join(options, device)
-    seed_everything(options.run.seed)
+        _join(settings, device)
+    seed_everything(seed)
     try:
         with logging_to_console(rank):
             yield Ranks(rank, local_rank, world_size, device)
@@ -137,8 +173,8 @@ def _environment() -> tuple[int, int, int, int]:
     return rank, local_rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
-def _join(options: RunOptions, device: torch.device) -> None:
-    backend = options.distributed.backend
+def _join(settings: DistributedSettings, device: torch.device) -> None:
+    backend = settings.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
@@ -147,7 +183,7 @@ def _join(options: RunOptions, device: torch.device) -> None:
         raise SetupError("--backend gloo moves no GPU tensors between ranks; use --backend nccl (or auto) on GPUs")
     dist.init_process_group(
         backend,
-        timeout=timedelta(minutes=options.distributed.dist_timeout),
+        timeout=timedelta(minutes=settings.dist_timeout),
         device_id=device if device.type == "cuda" else None,
     )
 
@@ -159,6 +195,12 @@ def _set_threads(threads: int, device: torch.device, local_world_size: int) -> N
         threads = max(1, usable // local_world_size)
     if threads:
         torch.set_num_threads(threads)
+
+
+def stable_seed(purpose: str, *numbers: int) -> int:
+    """A seed in [0, 2^63) from a purpose and numbers: unrelated for different arguments, the same on every machine."""
+    digest = hashlib.sha256(repr((purpose, *map(int, numbers))).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def seed_everything(seed: int) -> None:

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itemizedclip.data.batch import BadSampleError
-from itemizedclip.evaluation.encoding import EncodingOptions, Progress, encode_image_batch, evaluation_mode
+from itemizedclip.evaluation.encoding import EncodingOptions, encode_image_batch, evaluation_mode
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.runtime import collectives
+from itemizedclip.runtime.logs import OnProgress
 from itemizedclip.runtime.processes import on_main
 from itemizedclip.search.plan import BuildOptions, Chunk, FoundImage, Plan, find_images, plan_build
 from itemizedclip.search.store import (
@@ -135,7 +136,7 @@ def encode_chunks(
     transform: Callable[[Image.Image], Tensor],
     source: FeatureSource,
     options: BuildOptions,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> _Written:
     """Write this rank's shards.
 
@@ -251,7 +252,7 @@ def build_index(
     transform: Callable[[Image.Image], Tensor],
     source: FeatureSource,
     options: BuildOptions,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> BuildReport:
     """Bring the index of a folder up to date; all ranks call it, the model on their device.
 

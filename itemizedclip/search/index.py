@@ -23,20 +23,22 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.evaluation.attention import ItemMaps, maps_of_features
 from itemizedclip.evaluation.encoding import EncodingOptions, encode_texts
-from itemizedclip.evaluation.results import file_sha256
 from itemizedclip.evaluation.tcsim import GlobalScorer, top_images
 from itemizedclip.evaluation.tcsim_folded import scorer_of_stored_tokens
 from itemizedclip.models.dual_encoder import ImageFeatures
 from itemizedclip.models.factory import CheckpointError, LoadedModel, create_transform, load_pretrained
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.tokenizers import ClipTokenizer
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.processes import choose_device
 from itemizedclip.search.recall import CANDIDATE_COUNTS, RECALL_TOP, PrefilterRecall, default_candidates, measure_recall
 from itemizedclip.search.regions import AttendedRegion, attended_region
 from itemizedclip.search.store import FeatureStore, ImageIndexError, IndexedImage, read_manifest
 from itemizedclip.viewer.figures import attention_figure
-from itemizedclip.viewer.geometry import Geometry, ItemMaps, Upsampling, map_to_input, maps_of_features
+from itemizedclip.viewer.geometry import Geometry, Upsampling, map_to_input
 from itemizedclip.viewer.inputs import photograph_geometry, read_photograph
 
 
@@ -107,7 +109,7 @@ class ImageIndex:
             ImageIndexError: a damaged shard.
         """
         if not texts or any(not text.strip() for text in texts):
-            raise ValueError('no text to search for; give at least one, such as "two planes near a hangar"')
+            raise UserError('no text to search for; give at least one, such as "two planes near a hangar"')
         k, C = self.num_hits(k), self.num_scored(k, exact=exact, candidates=candidates)
         texts_MD = self.encode(texts)
         if len(self) > C:
@@ -120,13 +122,13 @@ class ImageIndex:
     def num_hits(self, k: int) -> int:
         """Hits of a text when k are asked for."""
         if k < 1:
-            raise ValueError(f"{k} hits were asked for; expected at least 1")
+            raise UserError(f"{k} hits were asked for; expected at least 1")
         return min(k, len(self))
 
     def num_scored(self, k: int, *, exact: bool = False, candidates: int | None = None) -> int:
         """Images that a search scores exactly for each text; N when it scores all."""
         if candidates is not None and candidates < 1:
-            raise ValueError(f"{candidates} candidates were asked for; expected at least 1")
+            raise UserError(f"{candidates} candidates were asked for; expected at least 1")
         if exact:
             return len(self)
         chosen = candidates or default_candidates(len(self), self.manifest.recall)

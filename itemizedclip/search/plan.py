@@ -13,6 +13,8 @@ from itertools import count
 from pathlib import Path
 
 from itemizedclip.evaluation.encoding import EncodingOptions
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import PART_SUFFIX
 from itemizedclip.search.store import (
     INDEX_FILE,
     FeatureSource,
@@ -49,9 +51,9 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
-            raise ValueError(f"--shard-size is {self.shard_size}; expected at least 1")
+            raise UserError(f"--shard-size is {self.shard_size}; expected at least 1")
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"--max-bad-fraction is {self.max_bad_fraction}; expected a share from 0 to 1")
+            raise UserError(f"--max-bad-fraction is {self.max_bad_fraction}; expected a share from 0 to 1")
 
 
 # --- finding images --------------------------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ def _key(image: IndexedImage | UnreadableImage | None) -> tuple[str, int, int] |
 def _sound_shards(output: Path) -> dict[int, ShardHeader]:
     """Headers of the shards that can be read; the others are deleted."""
     headers = {}
-    for part in output.glob(".*.part"):
+    for part in output.glob(f".*{PART_SUFFIX}"):
         part.unlink()
     for number, path in shard_files(output).items():
         try:

@@ -11,7 +11,6 @@ Axes: N images of the index, n images of a shard, B images of a batch, L image t
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,6 +23,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from itemizedclip.models.dual_encoder import ImageFeatures
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import replacing
 from itemizedclip.search.recall import PrefilterRecall
 
 FORMAT = 1
@@ -41,7 +42,7 @@ _SHARD_NAME = re.compile(r"shard-(\d{6,})\.safetensors")
 _HEADER_KEY = "shard"  # one key only: safetensors writes several in no fixed order
 
 
-class ImageIndexError(ValueError):
+class ImageIndexError(UserError):
     """An index that cannot be used: the message names the file, what was expected and what to do."""
 
 
@@ -213,18 +214,13 @@ def _plain(recall: PrefilterRecall | None) -> dict[str, Any] | None:
 
 
 def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+        with replacing(path, durable=True) as part:
+            write(part)
     except OSError as error:
         raise ImageIndexError(
             f"{path}: cannot be written ({error.strerror or error}); what is done stays, mend it and run again"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ state is stored: all randomness follows (seed, rank, step) and (seed, epoch, ind
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 import uuid
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from itemizedclip.models.factory import CheckpointError, read_checkpoint
+from itemizedclip.runtime.files import written_whole
 from itemizedclip.training.options import flatten_options
 
 FORMAT = 1
@@ -75,29 +75,11 @@ def new_run_id() -> str:
     return uuid.uuid4().hex[:8]
 
 
-def save_atomically(contents: Mapping[str, Any], path: Path) -> None:
-    """Write `contents` so that `path` is at every moment absent, the old file, or the complete new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(dict(contents), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint; on the main rank only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_atomically({f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}, path)
+    contents = {f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}
+    with written_whole(path, durable=True) as file:
+        torch.save(contents, file)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

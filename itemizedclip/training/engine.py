@@ -12,10 +12,8 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
 
@@ -27,28 +25,21 @@ from itemizedclip.data.preflight import check_dataset, duplicate_warning
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import transform_spec
 from itemizedclip.runtime.collectives import all_reduce_max, all_reduce_sum, gather_objects
-from itemizedclip.runtime.processes import Ranks, StopRequest, launch, on_main, seed_step
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.logs import duration, logging_to_file, standard_error
+from itemizedclip.runtime.processes import Ranks, StopRequest, on_main, seed_step
 from itemizedclip.training.checkpoint import find_resume
 from itemizedclip.training.loading import BatchSource, MapSource, StepBatch
 from itemizedclip.training.optimizer import set_lr
 from itemizedclip.training.options import RunOptions, options_to_dict
 from itemizedclip.training.resume import restore, save_epoch, save_latest
-from itemizedclip.training.run import Evaluator, Run, TrainResult, build, check_gradients, start_from
-from itemizedclip.training.tracking import (
-    OWN_PACKAGES,
-    ProgressView,
-    Tracker,
-    check_trackers,
-    choose_run_folder,
-    duration,
-    logging_to_file,
-    standard_error,
-)
+from itemizedclip.training.run import Evaluator, Run, TrainResult, build, check_gradients, launch_run, start_from
+from itemizedclip.training.tracking import ProgressView, Tracker, check_trackers, choose_run_folder
 
 logger = logging.getLogger(__name__)
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """Training diverged: too many steps in a row without a finite loss and gradient."""
 
 
@@ -80,14 +71,14 @@ def train(
         model_config: stored in checkpoints; the model's own by default.
         transform: what was done to images, stored in checkpoints; for photographs taken from the config by default.
         data_fingerprint: identity of the training data; a change is reported on resume.
-        ranks: from an enclosing `launch(options)`; without it `train` makes its own.
+        ranks: from an enclosing `launch_run(options)`; without it `train` makes its own.
 
     Raises:
         SetupError, PreflightError, CheckpointError, TrackingError, BadSampleError, NonFiniteError: each one sentence
             with its remedy (see `reported_errors`).
     """
     if ranks is None:
-        with launch(options) as own_ranks:
+        with launch_run(options) as own_ranks:
             return train(
                 options, model=model, dataset=dataset, collator=collator, source=source, evaluators=evaluators,
                 model_config=model_config, transform=transform, data_fingerprint=data_fingerprint, ranks=own_ranks,
@@ -115,40 +106,6 @@ def train(
         elif settings.resume is not None:
             logger.info("--resume latest: no checkpoint yet, starting afresh")
         return _fit(run, config)
-
-
-@contextmanager
-def reported_errors(prog: str | None = None) -> Iterator[None]:
-    """Turn errors a user can mend into one line on standard error and exit status 1; others keep their trace.
-
-    Those are the ValueErrors raised by the project's own code, files that are missing or cannot be opened or written,
-    and, on several ranks, connections that broke because another rank failed: its message is the one to read.
-    """
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        if isinstance(error, ValueError) and not _raised_by_us(error):
-            raise
-        print(f"{prog or Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"{prog or Path(sys.argv[0]).name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except RuntimeError as error:
-        if "by peer" not in str(error):
-            raise
-        print("another process of this run failed; see its message", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether the project's code raised this error, not a library below it."""
-    module = ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = frame.f_globals.get("__name__", "")
-    return module.startswith(OWN_PACKAGES)
 
 
 def _map_source(

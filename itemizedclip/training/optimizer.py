@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from itemizedclip.runtime.errors import UserError
 from itemizedclip.training.options import OptimizerSettings
 
 
@@ -35,7 +36,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError("no parameter is trainable: both towers are locked and the head has no part in the loss")
+        raise UserError("no parameter is trainable: both towers are locked and the head has no part in the loss")
     decaying = decaying_parameters(model)
     without = [p for name, p in trainable if name not in decaying]
     with_decay = [p for name, p in trainable if name in decaying]
@@ -63,7 +64,7 @@ def create_schedule(settings: OptimizerSettings, total_steps: int) -> Callable[[
     """
     lr, warmup = settings.lr, settings.warmup
     if warmup > total_steps:
-        raise ValueError(
+        raise UserError(
             f"--warmup {warmup} is longer than the run of {total_steps} steps: lower --warmup or raise --epochs"
         )
 

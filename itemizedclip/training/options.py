@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import re
 import sys
 import types
 import typing
@@ -28,31 +27,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from itemizedclip.objectives.loss import ObjectiveOptions
-from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.flags import at_least, check, read_flags
+from itemizedclip.runtime.processes import DistributedSettings, check_device_name
 
 OptionsT = TypeVar("OptionsT", bound="RunOptions")
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
-def _at_least(owner: object, **minimum: float) -> None:
-    """Fail with a sentence when a field of `owner` lies below its minimum."""
-    for name, lowest in minimum.items():
-        value = getattr(owner, name)
-        _check(value >= lowest, f"--{name.replace('_', '-')} is {value}; expected at least {lowest}")
-
-
-def check_device_name(name: str) -> None:
-    """Whether --device names a device; whether the machine has it, `choose_device` finds out.
-
-    Raises:
-        ValueError: any other name.
-    """
-    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
-    _check(known, f"--device is {name!r}; expected auto, cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True)
@@ -90,9 +69,9 @@ class RunSettings:
     """Evaluate every so many epochs and after the last; 0: never."""
 
     def __post_init__(self) -> None:
-        _at_least(self, seed=0, save_frequency=1, save_every_steps=0, val_frequency=0)
+        at_least(self, seed=0, save_frequency=1, save_every_steps=0, val_frequency=0)
         plain = not set(self.name) & {"/", "\\"} and not self.name.startswith(".")
-        _check(plain, f"--name is {self.name!r}; expected a plain folder name; its parent is --logs")
+        check(plain, f"--name is {self.name!r}; expected a plain folder name; its parent is --logs")
         check_device_name(self.device)
 
 
@@ -122,7 +101,7 @@ class ModelSettings:
     """amp: float16, scaled loss; bf16: amp_bf16 with bfloat16 towers; auto: amp_bf16, amp on old GPUs, fp32 on CPUs."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             not (self.torchcompile and self.grad_checkpointing),
             "--torchcompile together with --grad-checkpointing is not tested; drop one of them",
         )
@@ -180,13 +159,13 @@ class OptimizerSettings:
     """Stop after so many steps in a row whose loss or gradient is not finite; each such step is skipped."""
 
     def __post_init__(self) -> None:
-        _at_least(self, lr=0, weight_decay=0, epochs=1, warmup=0, max_nonfinite_steps=1)
+        at_least(self, lr=0, weight_decay=0, epochs=1, warmup=0, max_nonfinite_steps=1)
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _check(0 <= value < 1, f"--{name} is {value}; expected 0 ≤ {name} < 1")
-        _check(self.eps > 0, f"--eps is {self.eps}; expected a positive number")
+            check(0 <= value < 1, f"--{name} is {value}; expected 0 ≤ {name} < 1")
+        check(self.eps > 0, f"--eps is {self.eps}; expected a positive number")
         clip = self.grad_clip_norm
-        _check(clip is None or clip > 0, f"--grad-clip-norm is {clip}; expected a positive norm or None")
+        check(clip is None or clip > 0, f"--grad-clip-norm is {clip}; expected a positive norm or None")
 
 
 @dataclass(frozen=True)
@@ -215,32 +194,14 @@ class LoadingSettings:
     """With --on-bad-sample skip: stop when more than this share of a process's samples of one epoch is bad."""
 
     def __post_init__(self) -> None:
-        _at_least(self, batch_size=1, accum_batch=1, accum_freq=1, num_sampled_captions=1, workers=0)
+        at_least(self, batch_size=1, accum_batch=1, accum_freq=1, num_sampled_captions=1, workers=0)
         fraction = self.max_bad_fraction
-        _check(0 <= fraction <= 1, f"--max-bad-fraction is {fraction}; expected a share in [0, 1]")
+        check(0 <= fraction <= 1, f"--max-bad-fraction is {fraction}; expected a share in [0, 1]")
 
     @property
     def step_batch(self) -> int:
         """Images per process and optimizer step: the contrastive batch of one rank."""
         return self.batch_size * self.accum_batch * self.accum_freq
-
-
-@dataclass(frozen=True)
-class DistributedSettings:
-    """Several processes, started by torchrun."""
-
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """auto: nccl on GPUs, gloo on CPUs."""
-
-    dist_timeout: float = 30.0
-    """Minutes a process waits for the others before the run is given up."""
-
-    threads: int = 0
-    """CPU threads per process; 0: under torchrun on CPUs the cores shared out, else PyTorch's choice."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, threads=0)
-        _check(self.dist_timeout > 0, f"--dist-timeout is {self.dist_timeout}; expected minutes, more than 0")
 
 
 TRACKERS = ("wandb", "tensorboard")
@@ -260,9 +221,9 @@ class LoggingSettings:
     """Project of the wandb run."""
 
     def __post_init__(self) -> None:
-        _at_least(self, log_every_n_steps=1)
+        at_least(self, log_every_n_steps=1)
         unknown = [name for name in self._names() if name not in (*TRACKERS, "all", "none")]
-        _check(not unknown, f"--report-to names {', '.join(unknown)}; expected wandb, tensorboard or all")
+        check(not unknown, f"--report-to names {', '.join(unknown)}; expected wandb, tensorboard or all")
 
     def _names(self) -> list[str]:
         return [name.strip() for name in self.report_to.split(",") if name.strip()]
@@ -287,7 +248,7 @@ class RunOptions:
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             not (self.model.torchcompile and self.loading.accum_freq > 1),
             "--torchcompile together with --accum-freq above 1 is not tested; use --accum-batch or drop --torchcompile",
         )
@@ -380,12 +341,12 @@ def _from_plain(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where}: expected an object, found {value!r}")
+            raise UserError(f"{where}: expected an object, found {value!r}")
         hints = typing.get_type_hints(kind, include_extras=True)
         names = [f.name for f in dataclasses.fields(kind)]
         unknown = [name for name in value if name not in names]
         if unknown:
-            raise ValueError(f"{where}: unknown field {', '.join(unknown)}; expected among {', '.join(names)}")
+            raise UserError(f"{where}: unknown field {', '.join(unknown)}; expected among {', '.join(names)}")
         build: Callable[..., Any] = kind  # type: ignore[assignment]
         return build(**{name: _from_plain(hints[name], value[name], f"{where}: {name}") for name in value})
     if origin in (typing.Union, types.UnionType):
@@ -394,18 +355,18 @@ def _from_plain(kind: Any, value: Any, where: str) -> Any:
         return _from_plain(next(a for a in arguments if a is not type(None)), value, where)
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where}: expected a list, found {value!r}")
+            raise UserError(f"{where}: expected a list, found {value!r}")
         return origin(_from_plain(arguments[0], entry, where) for entry in value)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{where}: expected one of {', '.join(map(str, arguments))}, found {value!r}")
+            raise UserError(f"{where}: expected one of {', '.join(map(str, arguments))}, found {value!r}")
         return value
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-        raise ValueError(f"{where}: expected {kind.__name__}, found {value!r}")
+        raise UserError(f"{where}: expected {kind.__name__}, found {value!r}")
     return value
 
 

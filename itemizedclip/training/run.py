@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -21,8 +22,8 @@ from itemizedclip.data.sampler import BadSampleCounter
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import load_weights, read_checkpoint
 from itemizedclip.runtime.collectives import gather_objects
-from itemizedclip.runtime.precision import Precision, cast_towers, resolve_precision
-from itemizedclip.runtime.processes import Ranks, SetupError, StopRequest, on_main
+from itemizedclip.runtime.precision import Precision, resolve_precision
+from itemizedclip.runtime.processes import Ranks, SetupError, StopRequest, launch, on_main
 from itemizedclip.training.checkpoint import new_run_id
 from itemizedclip.training.loading import BatchSource
 from itemizedclip.training.optimizer import create_optimizer, create_schedule
@@ -30,6 +31,11 @@ from itemizedclip.training.options import RunOptions
 from itemizedclip.training.task import ItemizedTask
 
 logger = logging.getLogger(__name__)
+
+
+def launch_run(options: RunOptions) -> AbstractContextManager[Ranks]:
+    """`launch` with the device, seed and processes that a run's options ask for."""
+    return launch(options.run.device, options.distributed, seed=options.run.seed)
 
 
 class Evaluator(Protocol):
@@ -190,6 +196,17 @@ def build(
         bad_samples=BadSampleCounter(samples_per_epoch, options.loading.max_bad_fraction),
         stop=stop,
     )
+
+
+def cast_towers(model: DualEncoder, precision: Precision) -> None:
+    """For bf16: hold the towers' parameters in bfloat16; head, logit scale and logit bias stay float32."""
+    if precision.name != "bf16":
+        return
+    for part in [*model.image_tower(), *model.text_tower()]:
+        if isinstance(part, nn.Parameter):
+            part.data = part.data.to(torch.bfloat16)
+        else:
+            part.to(torch.bfloat16)
 
 
 def freeze_unused(model: DualEncoder, options: RunOptions) -> None:

@@ -21,6 +21,7 @@ from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.objectives.baselines import baseline_losses, flair_options
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions, itemized_losses
 from itemizedclip.objectives.terms import text_ids
+from itemizedclip.runtime.errors import UserError
 
 Parts = Sequence[nn.Module | nn.Parameter]
 
@@ -50,7 +51,7 @@ class ItemizedTask(nn.Module):
     def __init__(self, model: DualEncoder, objective: ObjectiveOptions, *, num_chunks: int = 1) -> None:
         super().__init__()
         if num_chunks < 1:
-            raise ValueError(f"num_chunks is {num_chunks}; expected at least 1")
+            raise UserError(f"num_chunks is {num_chunks}; expected at least 1")
         self.model = model
         self.objective = flair_options(objective) if objective.baseline == "flair" else objective
         self.num_chunks = num_chunks

@@ -11,22 +11,19 @@ import json
 import logging
 import math
 import os
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from copy import copy
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.highlighter import NullHighlighter
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import write_json, write_text
+from itemizedclip.runtime.logs import duration
 from itemizedclip.training.checkpoint import newest_checkpoint
 from itemizedclip.training.options import LoggingSettings, RunSettings
 
@@ -34,11 +31,8 @@ logger = logging.getLogger(__name__)
 
 Values = Mapping[str, float | int | str]
 
-OWN_PACKAGES = ("itemizedclip", "itemizedclip_2d", "itemizedclip_radiology", "__main__")
-"""The project's packages: their log is shown; of others, warnings only."""
 
-
-class TrackingError(ValueError):
+class TrackingError(UserError):
     """The run cannot be recorded as asked: the message says what to do."""
 
 
@@ -68,10 +62,7 @@ def choose_run_folder(settings: RunSettings, resumed_from: Path | None, now: dat
 
 def write_params(folder: Path, params: Mapping[str, Any]) -> None:
     """params.json: the resolved options; replaced whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".params.json.tmp"
-    temporary.write_text(json.dumps(params, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "params.json")
+    write_json(folder / "params.json", params)
 
 
 def drop_lines_after(path: Path, samples: int) -> int:
@@ -89,9 +80,7 @@ def drop_lines_after(path: Path, samples: int) -> int:
         else:
             dropped += 1
     if dropped:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(line + "\n" for line in kept))
     return dropped
 
 
@@ -251,80 +240,7 @@ def _finite_or_text(value: float | int | str) -> float | int | str:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- log and progress ------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def standard_error() -> Console:
-    """The console on standard error, shared by log and live progress so that they do not overwrite each other."""
-    return Console(stderr=True)
-
-
-@contextmanager
-def logging_to_console(rank: int) -> Iterator[None]:
-    """Show the project's log and warnings on standard error; ranks but the main one show warnings only.
-
-    Does nothing inside another such block.
-    """
-    if any(isinstance(handler.formatter, _Formatter) for handler in logging.getLogger().handlers):
-        yield
-        return
-    handler: logging.Handler
-    if rank == 0 and standard_error().is_terminal:
-        handler = RichHandler(
-            console=standard_error(), show_path=False, show_level=False, log_time_format="%H:%M:%S",
-            highlighter=NullHighlighter(),
-        )  # fmt: skip
-        handler.setFormatter(_Formatter("%(message)s"))
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-        prefix = "" if rank == 0 else f"[rank {rank}] "
-        handler.setFormatter(_Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
-    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    with _handling(handler):
-        yield
-
-
-class _Formatter(logging.Formatter):
-    """Says "warning:" where one is meant; information comes as it is."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        if record.levelno < logging.WARNING:
-            return super().format(record)
-        marked = copy(record)
-        marked.msg, marked.args = f"{record.levelname.lower()}: {record.getMessage()}", None
-        return super().format(marked)
-
-
-@contextmanager
-def logging_to_file(folder: Path) -> Iterator[None]:
-    """Append the project's log, and the error that ends the block, to log.txt of the run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    with _handling(handler):
-        try:
-            yield
-        except Exception as error:
-            text = f"ended by {type(error).__name__}: {error}"
-            handler.emit(logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "msg": text}))
-            raise
-
-
-@contextmanager
-def _handling(handler: logging.Handler) -> Iterator[None]:
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(min(level, logging.INFO))
-    # Libraries' chatter stays out; their warnings do not.
-    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith(OWN_PACKAGES))
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-        handler.close()
+# --- progress of training ---------------------------------------------------------------------------------------------
 
 
 class _Bar(Progress):
@@ -391,12 +307,6 @@ class ProgressView:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-
-def duration(seconds: float) -> str:
-    """h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def _numbers(values: Mapping[str, float]) -> str:

@@ -8,13 +8,41 @@ Axes: T items, D joint width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from itemizedclip.data.batch import trim_padding
+from itemizedclip.data.batch import ItemCollator, ItemSample, trim_padding
+from itemizedclip.evaluation.attention import ItemMaps, item_maps, maps_of_features
 from itemizedclip.models.factory import LoadedModel
-from itemizedclip.viewer.geometry import ItemMaps, maps_of_features
-from itemizedclip.viewer.inputs import Explanation, ModelInput
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.viewer.inputs import ModelInput
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where each of T items looks in one image or study.
+
+    Attributes:
+        source: the image or study.
+        items: T texts.
+        maps: attention of all items over the whole token grid, and scores.
+    """
+
+    source: ModelInput
+    items: list[str]
+    maps: ItemMaps
+
+    def times_uniform(self, view: int) -> Tensor:
+        """Attention in one view, (T, h, w) or (T, d, h, w), in multiples of an even spread over the whole input."""
+        everywhere = self.maps.times_uniform()
+        return everywhere if len(self.maps.grid) == 2 else everywhere[:, view]
+
+    def share_of_views(self) -> Tensor:
+        """(T, S): how much of its attention each item spends on each view; with the share of nowhere they sum to 1."""
+        weights = self.maps.weights
+        return weights.flatten(1).sum(1, keepdim=True) if len(self.maps.grid) == 2 else weights.flatten(2).sum(2)
 
 
 class Explainer:
@@ -23,7 +51,7 @@ class Explainer:
     Args:
         loaded: the model, in evaluation mode.
         source: the image or study; encoded here.
-        normalise_tokens: see `itemizedclip.viewer.geometry.item_maps`.
+        normalise_tokens: see `itemizedclip.evaluation.attention.item_maps`.
     """
 
     def __init__(self, loaded: LoadedModel, source: ModelInput, *, normalise_tokens: bool = False) -> None:
@@ -57,3 +85,26 @@ class Explainer:
         if is_truncated is None or not items:
             return [False] * len(items)
         return is_truncated(self._loaded.tokenizer(list(items))).tolist()
+
+
+def explain_input(
+    loaded: LoadedModel, source: ModelInput, items: Sequence[str], *, normalise_tokens: bool = False
+) -> Explanation:
+    """Where each text looks in an image or study.
+
+    Args:
+        loaded: the model, in evaluation mode.
+        source: the image or study.
+        items: T texts, at least one.
+        normalise_tokens: see `itemizedclip.evaluation.attention.item_maps`.
+
+    Raises:
+        ValueError: no text.
+    """
+    if not items:
+        raise UserError("no text to look for; give at least one item")
+    sample = ItemSample(source.name, source.image, list(items), series_names=source.series_names)
+    batch = ItemCollator(loaded.tokenizer)([sample])
+    with torch.no_grad():
+        maps = item_maps(loaded.model, batch, normalise_tokens=normalise_tokens)[0]
+    return Explanation(source, list(items), maps)

@@ -27,6 +27,8 @@ from matplotlib.textpath import TextToPath
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from itemizedclip.runtime.errors import UserError
+
 COLOUR_MAP = "inferno"
 """Perceptually uniform, told apart under every common colour blindness, and dark (colourless) where nothing is."""
 
@@ -165,7 +167,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     metadata = _METADATA.get(path.suffix.lower())
     if metadata is None:
-        raise ValueError(f"{path}: expected a file name that ends in {' or '.join(_METADATA)}")
+        raise UserError(f"{path}: expected a file name that ends in {' or '.join(_METADATA)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.style.context("default"):
         figure.savefig(path, metadata=metadata)
@@ -210,18 +212,18 @@ class Block:
 def _rgb(image: Image.Image | np.ndarray) -> np.ndarray:
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise ValueError(f"image must be RGB, uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
+        raise UserError(f"image must be RGB, uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
     return pixels
 
 
 def _check_items(items: Sequence[str]) -> None:
     if not items:
-        raise ValueError("a figure needs at least one item")
+        raise UserError("a figure needs at least one item")
 
 
 def _check_shape(name: str, values: Any, expected: tuple[int, ...]) -> None:
     if values is not None and np.shape(values) != expected:
-        raise ValueError(f"{name}: expected the shape {expected}, got {np.shape(values)}")
+        raise UserError(f"{name}: expected the shape {expected}, got {np.shape(values)}")
 
 
 def _scale_top(maps: np.ndarray, chosen: float | None) -> float:
@@ -356,7 +358,7 @@ class Sheet:
             for x, y, panel in self._images:
                 shown = pixels if panel.pixels is None else panel.pixels
                 if shown is None:
-                    raise ValueError(f"panel {panel.title!r} has no pixels, and neither has the sheet")
+                    raise UserError(f"panel {panel.title!r} has no pixels, and neither has the sheet")
                 width, height = self._image_size if panel.size is None else _fit_box(panel.size, self._image_size)
                 _draw_panel(self._axes(figure, x, y, width, height), shown, panel, scale)
             _draw_colour_bar(self._axes(figure, _MARGIN, self._bar_top, 4.0, _BAR_HEIGHT), scale)

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import attention_figure, head_figure, save_figure
 from itemizedclip.viewer.geometry import Upsampling, map_to_input
-from itemizedclip.viewer.inputs import Explanation
 from itemizedclip.viewer.volumes import (
     file_names,
     montage_figure,
@@ -54,7 +55,7 @@ class ExplanationFiles:
 
     def __post_init__(self) -> None:
         if self.slices < 1:
-            raise ValueError(f"--slices is {self.slices}; expected at least 1")
+            raise UserError(f"--slices is {self.slices}; expected at least 1")
 
 
 def write_explanation(

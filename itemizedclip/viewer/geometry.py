@@ -1,7 +1,7 @@
-"""Where each text item looks: attention maps of any model, and the way back to the pixels or voxels of the input.
+"""The way from the tokens of attention maps back to the pixels or voxels of the input.
 
-Axes: B images, T items of one image, H heads, L image tokens, D joint width, K item slots; *grid how the tokens lie
-in the image, (h, w) for photographs, (S, d, h, w) for studies of S series; *input the input's own size.
+Axes: T items of one image; *grid how the tokens lie in the image, (h, w) for photographs, (S, d, h, w) for studies of
+S series; *input the input's own size.
 
 A transform resizes, crops or pads, so a token's place in the model's view is not its place in the input. `Geometry`
 keeps the way, `map_to_input` goes back along it. Positions are measured between pixel edges: pixel n of an axis covers
@@ -10,7 +10,6 @@ n … n + 1, and resizing maps edges to edges, as Pillow and PyTorch (align_corn
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,127 +22,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
-from itemizedclip.data.batch import ItemBatch
-from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
-from itemizedclip.models.item_attention import ItemAttention
+from itemizedclip.runtime.errors import UserError
 
 Upsampling = Literal["nearest", "smooth"]
 """Each pixel takes the value of the patch it lies in, or is interpolated linearly between patch centres."""
-
-# --- attention -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ItemMaps:
-    """Where the T items of one image look, on the CPU, float32.
-
-    For every item and head, the weights of all tokens and the zero token's share sum to 1.
-
-    Attributes:
-        head_weights: (T, H, *grid), softmax weights without the zero token's column.
-        head_nowhere: (T, H), the zero token's share: what the item does not spend on the image.
-        scores: (T,), TCSim of each item with its own item-conditioned image embedding.
-    """
-
-    head_weights: Tensor
-    head_nowhere: Tensor
-    scores: Tensor
-
-    def __len__(self) -> int:
-        """T."""
-        return len(self.scores)
-
-    def first(self, count: int) -> ItemMaps:
-        """The first items alone."""
-        return ItemMaps(self.head_weights[:count], self.head_nowhere[:count], self.scores[:count])
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """How the tokens lie in the image."""
-        return tuple(self.head_weights.shape[2:])
-
-    @property
-    def weights(self) -> Tensor:
-        """(T, *grid), averaged over heads (paper: attention map)."""
-        return self.head_weights.mean(1)
-
-    @property
-    def nowhere(self) -> Tensor:
-        """(T,), the zero token's share, averaged over heads: how much an item "attends nowhere"."""
-        return self.head_nowhere.mean(1)
-
-    def times_uniform(self, *, per_head: bool = False) -> Tensor:
-        """Weights as multiples of an even spread over the L tokens, (T, *grid) or (T, H, *grid).
-
-        1 is what every token would get if the item looked everywhere alike; the mean over the tokens is one minus the
-        share of nowhere. Unlike a weight, the number does not depend on how finely the image is cut into tokens.
-        """
-        return (self.head_weights if per_head else self.weights) * math.prod(self.grid)
-
-    @property
-    def peaks(self) -> Tensor:
-        """(T,), the most attended token of each item, in multiples of an even spread."""
-        return self.times_uniform().flatten(1).amax(1)
-
-
-def item_maps(model: DualEncoder, batch: ItemBatch, *, normalise_tokens: bool = False) -> list[ItemMaps]:
-    """Attention maps of every real item of a batch, one entry per image.
-
-    Args:
-        model: any model, in evaluation mode.
-        batch: images and their items, on any device.
-        normalise_tokens: L2-normalise the image tokens before the head, as the published zero-shot scores do; maps
-            and scores change in the third or fourth decimal. Training does not normalise.
-
-    Raises:
-        ValueError: a model in training mode, whose maps would be random where it uses dropout.
-    """
-    if model.training:
-        raise ValueError("the model is in training mode; call model.eval() before asking for attention maps")
-    batch = batch.to(model.logit_scale.device)
-    B, K, _ = batch.item_tokens.shape
-    with torch.no_grad():
-        features = model.encode_image(batch.images, series_names=batch.series_names)
-        items_BKD = model.encode_text(batch.item_tokens.flatten(0, 1)).view(B, K, -1)
-        maps = maps_of_features(model.head, features, items_BKD, normalise_tokens=normalise_tokens)
-    return [_select(one, mask.cpu()) for one, mask in zip(maps, batch.item_mask)]
-
-
-@torch.no_grad()
-def maps_of_features(
-    head: ItemAttention, features: ImageFeatures, items_BTD: Tensor, *, normalise_tokens: bool = False
-) -> list[ItemMaps]:
-    """Attention maps of B images whose features are at hand, for T items each.
-
-    Args:
-        head: the model's head.
-        features: image features, not normalised.
-        items_BTD: item features (B, T, D), not normalised.
-        normalise_tokens: see `item_maps`.
-
-    Raises:
-        ValueError: tokens that do not fill the grid.
-    """
-    tokens_BLD = features.tokens_BLD
-    B, L, _ = tokens_BLD.shape
-    if math.prod(features.grid) != L:
-        raise ValueError(f"{L} image tokens do not fill the grid {features.grid}")
-    if normalise_tokens:
-        tokens_BLD = F.normalize(tokens_BLD, dim=-1)
-    projected = head.project(tokens_BLD)
-    attention = head.attention_weights(items_BTD, projected)
-    # Item k is compared with its own conditioned embedding, never with another item's.
-    scores_BT = F.cosine_similarity(items_BTD.float(), head.attend(items_BTD, projected).float(), dim=-1).cpu()
-    weights = attention.tokens.float().transpose(1, 2).unflatten(-1, features.grid).cpu()
-    nowhere_BTH = attention.nowhere.float().transpose(1, 2).cpu()
-    return [ItemMaps(weights[b], nowhere_BTH[b], scores_BT[b]) for b in range(B)]
-
-
-def _select(maps: ItemMaps, keep_T: Tensor) -> ItemMaps:
-    return ItemMaps(maps.head_weights[keep_T], maps.head_nowhere[keep_T], maps.scores[keep_T])
-
-
-# --- geometry --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -171,7 +53,7 @@ class Geometry:
     def of_input(cls, size: Sequence[int]) -> Geometry:
         """The view is the input itself."""
         if len(size) not in (2, 3) or min(size) < 1:
-            raise ValueError(f"an input has 2 or 3 axes of at least 1 pixel, got the size {tuple(size)}")
+            raise UserError(f"an input has 2 or 3 axes of at least 1 pixel, got the size {tuple(size)}")
         return cls(tuple(size), tuple(size), (1.0,) * len(size), (0.0,) * len(size))
 
     def resize(self, size: Sequence[int]) -> Geometry:
@@ -209,7 +91,7 @@ class Geometry:
 
     def _checked(self, values: Sequence[int]) -> Sequence[int]:
         if len(values) != len(self.input_size):
-            raise ValueError(f"expected {len(self.input_size)} numbers, one per axis, got {tuple(values)}")
+            raise UserError(f"expected {len(self.input_size)} numbers, one per axis, got {tuple(values)}")
         return values
 
 
@@ -235,7 +117,7 @@ def geometry_of_transform(transform: Callable[..., Any], input_size: tuple[int, 
         elif isinstance(step, (CenterCrop, CenterCropOrPad)):
             geometry = _crop_like(geometry, step)
         elif not isinstance(step, (ToTensor, Normalize, MaybeConvertMode)):
-            raise ValueError(
+            raise UserError(
                 f"cannot tell where {step!r} moves the pixels; expected an evaluation transform made of Resize, "
                 "CenterCrop, ToTensor and Normalize (random steps have no way back)"
             )
@@ -269,7 +151,7 @@ def mask_to_view(masks: Tensor | np.ndarray, geometry: Geometry) -> Tensor:
     masks = torch.as_tensor(masks)
     num_axes = len(geometry.input_size)
     if masks.dtype != torch.bool or tuple(masks.shape[masks.dim() - num_axes :]) != geometry.input_size:
-        raise ValueError(f"masks are {masks.dtype} {tuple(masks.shape)}; expected bool (…, {geometry.input_size})")
+        raise UserError(f"masks are {masks.dtype} {tuple(masks.shape)}; expected bool (…, {geometry.input_size})")
     covered = torch.zeros((*masks.shape[: masks.dim() - num_axes], *geometry.view_size), dtype=torch.bool)
     gathered, inside_view = masks, []
     for axis, (size, view, scale, offset) in enumerate(
@@ -308,11 +190,11 @@ def map_to_input(values: Tensor | np.ndarray, geometry: Geometry, mode: Upsampli
         ValueError: maps with fewer axes than the geometry, or an unknown mode.
     """
     if mode not in ("nearest", "smooth"):
-        raise ValueError(f'mode is {mode!r}; expected "nearest" or "smooth"')
+        raise UserError(f'mode is {mode!r}; expected "nearest" or "smooth"')
     maps = torch.as_tensor(values).detach().cpu().float()
     num_axes = len(geometry.input_size)
     if maps.dim() < num_axes:
-        raise ValueError(f"maps of shape {tuple(maps.shape)} have fewer axes than the input {geometry.input_size}")
+        raise UserError(f"maps of shape {tuple(maps.shape)} have fewer axes than the input {geometry.input_size}")
     positions, seen = [], torch.ones(geometry.input_size, dtype=torch.bool)
     for axis, (size, view, scale, offset) in enumerate(
         zip(geometry.input_size, geometry.view_size, geometry.scale, geometry.offset)

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from itemizedclip.data.batch import BadSampleError, ItemCollator, ItemSample
+from itemizedclip.data.batch import BadSampleError
 from itemizedclip.models.factory import LoadedModel, create_transform
-from itemizedclip.viewer.geometry import Geometry, ItemMaps, geometry_of_transform, item_maps
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.viewer.geometry import Geometry, geometry_of_transform
 
 ENTRY_POINT_GROUP = "itemizedclip.inputs"
 
@@ -110,31 +110,6 @@ class ModelInput:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Where each of T items looks in one image or study.
-
-    Attributes:
-        source: the image or study.
-        items: T texts.
-        maps: attention of all items over the whole token grid, and scores.
-    """
-
-    source: ModelInput
-    items: list[str]
-    maps: ItemMaps
-
-    def times_uniform(self, view: int) -> Tensor:
-        """Attention in one view, (T, h, w) or (T, d, h, w), in multiples of an even spread over the whole input."""
-        everywhere = self.maps.times_uniform()
-        return everywhere if len(self.maps.grid) == 2 else everywhere[:, view]
-
-    def share_of_views(self) -> Tensor:
-        """(T, S): how much of its attention each item spends on each view; with the share of nowhere they sum to 1."""
-        weights = self.maps.weights
-        return weights.flatten(1).sum(1, keepdim=True) if len(self.maps.grid) == 2 else weights.flatten(2).sum(2)
-
-
 def open_input(source: str | Path, loaded: LoadedModel) -> ModelInput:
     """Read one image or study for a model.
 
@@ -155,12 +130,12 @@ def open_input(source: str | Path, loaded: LoadedModel) -> ModelInput:
             try:
                 readers[point.name] = point.load()
             except ModuleNotFoundError as error:
-                raise ValueError(
+                raise UserError(
                     f"inputs of models with vision_cfg.tower {tower!r} need the package {error.name}: "
                     "pip install -e '.[radiology]'"
                 ) from error
     if tower not in readers:
-        raise ValueError(
+        raise UserError(
             f"no reader for inputs of models with vision_cfg.tower {tower!r}; run `pip install -e .` in the project so "
             "that the wings register theirs"
         )
@@ -205,26 +180,3 @@ def photograph_geometry(config: Mapping[str, Any], transform: Callable[..., Tens
     # What is left over at the right and the bottom when patches do not divide the view is not seen.
     patch = config["vision_cfg"]["patch_size"]
     return geometry.crop((0, 0), [length // patch * patch for length in geometry.view_size])
-
-
-def explain_input(
-    loaded: LoadedModel, source: ModelInput, items: Sequence[str], *, normalise_tokens: bool = False
-) -> Explanation:
-    """Where each text looks in an image or study.
-
-    Args:
-        loaded: the model, in evaluation mode.
-        source: the image or study.
-        items: T texts, at least one.
-        normalise_tokens: see `itemizedclip.viewer.geometry.item_maps`.
-
-    Raises:
-        ValueError: no text.
-    """
-    if not items:
-        raise ValueError("no text to look for; give at least one item")
-    sample = ItemSample(source.name, source.image, list(items), series_names=source.series_names)
-    batch = ItemCollator(loaded.tokenizer)([sample])
-    with torch.no_grad():
-        maps = item_maps(loaded.model, batch, normalise_tokens=normalise_tokens)[0]
-    return Explanation(source, list(items), maps)

@@ -25,8 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError, ItemSample
-from itemizedclip.data.items import read_json
 from itemizedclip.models.factory import LoadedModel
+from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.files import read_json
 from itemizedclip.viewer.geometry import Geometry, mask_to_view
 from itemizedclip.viewer.inputs import InputView, ModelInput, open_input
 
@@ -138,7 +139,7 @@ def open_explain_set(
     """
     for place in (folder, masks_folder):
         if place is not None and not place.is_dir():
-            raise FileNotFoundError(f"{place}: no such folder")
+            raise MissingFileError(f"{place}: no such folder")
     lists = read_item_file(items_json)
     entries, missing = [], []
     for name, items in lists.items():
@@ -148,15 +149,15 @@ def open_explain_set(
         elif items:
             entries.append(SetEntry(name, path, items))
     if missing and (not allow_missing or not entries):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{items_json}: {len(missing)} of {len(lists)} names are not in {folder}, such as {missing[0]}; give the "
             "folder that holds them, or leave them out with --allow-missing"
         )
     if not entries:
-        raise ValueError(f"{items_json}: no name in it has an item; expected at least one")
+        raise UserError(f"{items_json}: no name in it has an item; expected at least one")
     empty = [name for name, items in lists.items() if not items]
     if masks_folder is not None and not any(_find_masks(masks_folder, entry.name) for entry in entries):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{masks_folder}: holds masks of none of {len(entries)} names; expected such as {entries[0].name}.npz"
         )
     return ExplainSet(entries, loaded, masks_folder, missing, empty)
@@ -171,11 +172,11 @@ def read_item_file(path: Path) -> dict[str, list[SetItem]]:
     """
     content = read_json(path, holding="items")
     if not isinstance(content, dict):
-        raise ValueError(f'{path}: expected an object {{"NAME": ["item", …]}}')
+        raise UserError(f'{path}: expected an object {{"NAME": ["item", …]}}')
     lists = {}
     for name, entries in content.items():
         if not isinstance(entries, list):
-            raise ValueError(f"{path}: key {name!r}: expected a list of items, found {type(entries).__name__}")
+            raise UserError(f"{path}: key {name!r}: expected a list of items, found {type(entries).__name__}")
         lists[name] = [_read_item(path, name, entry, number) for number, entry in enumerate(entries, start=1)]
     return lists
 
@@ -188,7 +189,7 @@ def _read_item(path: Path, name: str, entry: Any, number: int) -> SetItem:
         if series is None or (isinstance(series, list) and all(isinstance(one, str) for one in series)):
             key = str(entry.get("finding", number))
             return SetItem(entry["item"].strip(), key, None if series is None else tuple(series))
-    raise ValueError(
+    raise UserError(
         f'{path}: key {name!r}, item {number}: expected a text or {{"item": text, "series": [names]}}, found '
         f"{repr(entry)[:60]}"
     )

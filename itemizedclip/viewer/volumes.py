@@ -15,6 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import (
     MIN_DPI,
     MIN_SCALE_TOP,
@@ -26,7 +28,7 @@ from itemizedclip.viewer.figures import (
     signed,
 )
 from itemizedclip.viewer.geometry import Upsampling, map_to_input
-from itemizedclip.viewer.inputs import Explanation, FileGrid, InputView
+from itemizedclip.viewer.inputs import FileGrid, InputView
 
 _SLAB_SLICES = 16
 """Slices of a view that are enlarged at once: a whole chest at its own size would need gigabytes of positions."""
@@ -133,10 +135,10 @@ def montage_figure(
         ValueError: no item, a photograph, or fewer than one slice.
     """
     if len(explanation.maps.grid) != 4:
-        raise ValueError("a montage shows 3-D studies; a photograph has itemizedclip.viewer.figures.attention_figure")
+        raise UserError("a montage shows 3-D studies; a photograph has itemizedclip.viewer.figures.attention_figure")
     chosen = list(range(len(explanation.items))) if items is None else list(items)
     if not chosen or num_slices < 1:
-        raise ValueError("a montage needs at least one item and one slice")
+        raise UserError("a montage needs at least one item and one slice")
     blocks = [_item_block(explanation, k, num_slices, mode) for k in chosen]
     panels = [panel for block in blocks for panel in block.panels]
     legend = [legend_of(panels, [block.note for block in blocks])]
@@ -276,7 +278,7 @@ def write_volume(values: np.ndarray, view: InputView, path: Path) -> Path:
     try:
         import nibabel
     except ModuleNotFoundError as error:
-        raise ValueError("writing NIfTI needs the package nibabel: pip install -e '.[radiology]'") from error
+        raise UserError("writing NIfTI needs the package nibabel: pip install -e '.[radiology]'") from error
     grid = grid_of(view)
     image = nibabel.Nifti1Image(np.ascontiguousarray(grid.from_view(values)), grid.affine)
     image.set_sform(grid.affine, code=1)
@@ -311,7 +313,7 @@ def write_attention_volumes(
         ValueError: a photograph.
     """
     if len(explanation.maps.grid) != 4:
-        raise ValueError("NIfTI volumes are written of 3-D studies, not of photographs")
+        raise UserError("NIfTI volumes are written of 3-D studies, not of photographs")
     views = explanation.source.views
     heads_THSdhw = explanation.maps.times_uniform(per_head=True)
     names = file_names([view.name for view in views])

@@ -25,7 +25,8 @@ from itemizedclip.evaluation.explanation import (
 )
 from itemizedclip.models.dual_encoder import ImageFeatures
 from itemizedclip.models.factory import create_model, load_pretrained
-from itemizedclip.viewer.inputs import explain_input, open_input
+from itemizedclip.viewer.explanation import explain_input
+from itemizedclip.viewer.inputs import open_input
 
 
 def test_map_similarity_by_hand():

@@ -16,13 +16,13 @@ from itemizedclip.data.items import (
     diverse_sample,
     is_normal_study,
     load_item_lists,
-    read_json,
     sample_items,
     sample_rng,
     seeded_transforms,
     split_captions,
 )
 from itemizedclip.data.literals import LiteralError, parse_flat_record, parse_string_array
+from itemizedclip.runtime.files import read_json
 
 ITEMS = ["a", "b", "c", "d", "e"]
 

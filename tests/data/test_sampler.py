@@ -9,14 +9,8 @@ from toy import ToyDataset, toy_tokenizer
 
 from itemizedclip.data.batch import BadSampleError, ItemCollator, ItemSample
 from itemizedclip.data.preflight import PreflightError, check_dataset, duplicate_items, duplicate_warning
-from itemizedclip.data.sampler import (
-    BadSampleCounter,
-    CheckedCollator,
-    CheckedDataset,
-    EpochSampler,
-    EvalShard,
-    stable_seed,
-)
+from itemizedclip.data.sampler import BadSampleCounter, CheckedCollator, CheckedDataset, EpochSampler, EvalShard
+from itemizedclip.runtime.processes import stable_seed
 
 
 def keys(num_samples: int, epoch: int = 0, start_step: int = 0, **changes: int) -> list[tuple[int, int]]:

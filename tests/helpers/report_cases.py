@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from itemizedclip.viewer.geometry import Geometry, ItemMaps
-from itemizedclip.viewer.inputs import Explanation, InputView, ModelInput
+from itemizedclip.evaluation.attention import ItemMaps
+from itemizedclip.viewer.explanation import Explanation
+from itemizedclip.viewer.geometry import Geometry
+from itemizedclip.viewer.inputs import InputView, ModelInput
 from itemizedclip.viewer.page.html import Provenance
 
 PROVENANCE = Provenance("a-model", "epoch_3.pt", "ab" * 32, [("epoch", "3")], ["a note of the model"])

@@ -24,8 +24,8 @@ from itemizedclip.data.sampler import EvalShard
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
 from itemizedclip.runtime.collectives import all_reduce_sum, rank, world_size
-from itemizedclip.runtime.processes import launch
-from itemizedclip.training.engine import reported_errors, train
+from itemizedclip.runtime.errors import reported_errors
+from itemizedclip.training.engine import train
 from itemizedclip.training.options import (
     LoadingSettings,
     LoggingSettings,
@@ -36,6 +36,7 @@ from itemizedclip.training.options import (
     RunSettings,
     parse_run,
 )
+from itemizedclip.training.run import launch_run
 
 WORDS = ("red", "green", "blue", "small", "large", "left", "right", "top", "bottom", "round", "square", "empty")
 CONTEXT = 4
@@ -216,7 +217,7 @@ def toy_train(options: ToyRun, **changes: object):
     """Train the toy model; `changes` go to `train`."""
     data = options.data
     dataset = ToyDataset(data.samples, bad=data.bad, nan=data.nan, wait_s=data.wait_s)
-    with launch(options) as ranks:
+    with launch_run(options) as ranks:
         model = ToyModel(data.dropout)
         if data.kill_at or data.terminate_at:
             _disturb(model, data)
@@ -256,7 +257,7 @@ def main(argv: list[str]) -> None:
         else:
             runs[-1].append(argument)
     options = [parse_run({"toy": toy}, "toy", flags, prog="toy") for flags in runs]
-    with reported_errors("toy"), launch(options[0]):
+    with reported_errors("toy"), launch_run(options[0]):
         for one in options:
             toy_train(one)
 

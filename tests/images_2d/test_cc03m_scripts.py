@@ -127,11 +127,11 @@ def validation_of(world: World, model) -> dict[str, float]:
 
     from itemizedclip.data.batch import ItemCollator
     from itemizedclip.models.factory import create_tokenizer
-    from itemizedclip.runtime.processes import launch
     from itemizedclip.training.options import parse_run
+    from itemizedclip.training.run import launch_run
 
     options = parse_run(RECIPES, "rsicd", train_flags(world, Path("unused")))
-    with launch(options) as ranks:
+    with launch_run(options) as ranks:
         collator = ItemCollator(create_tokenizer(model.config), 7)
         (evaluator,) = shard_data(options, model.config, ranks, collator).evaluators
         return {f"val/{name}": value for name, value in evaluator.run(model).items()}

@@ -21,7 +21,7 @@ from natural_files import CaptionedImages, write_coco, write_flickr, write_karpa
 from PIL import Image
 
 from itemizedclip.data.batch import BadSampleError
-from itemizedclip.evaluation.results import file_sha256
+from itemizedclip.runtime.files import file_sha256
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

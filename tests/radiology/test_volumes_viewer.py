@@ -40,11 +40,13 @@ from itemizedclip_radiology.viewing.inputs import HEAD_WINDOWS_HU, _at_chest_spa
 from scan_files import affine_of, brain_phantom, chest_phantom, world_of, write_dicom, write_nifti
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.evaluation.attention import ItemMaps
 from itemizedclip.models.factory import LoadedModel, load_model_config
+from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import save_figure
 from itemizedclip.viewer.files import ExplanationFiles, describe, write_explanation
-from itemizedclip.viewer.geometry import Geometry, ItemMaps, map_to_input, mask_to_view
-from itemizedclip.viewer.inputs import Explanation, ModelInput
+from itemizedclip.viewer.geometry import Geometry, map_to_input, mask_to_view
+from itemizedclip.viewer.inputs import ModelInput
 from itemizedclip.viewer.volumes import (
     file_names,
     montage_figure,

@@ -18,11 +18,12 @@ from toy import ToyDataset, ToyModel, ToyRun, toy_options, toy_tokenizer, toy_tr
 
 from itemizedclip.data.batch import BadSampleError, ItemBatch, ItemCollator
 from itemizedclip.data.preflight import PreflightError
+from itemizedclip.runtime.errors import reported_errors
 from itemizedclip.runtime.precision import Precision, cast_towers, resolve_precision
 from itemizedclip.runtime.processes import SetupError, StopRequest, choose_device
 from itemizedclip.training import run as run_module
 from itemizedclip.training import task as task_module
-from itemizedclip.training.engine import NonFiniteError, reported_errors
+from itemizedclip.training.engine import NonFiniteError
 from itemizedclip.training.optimizer import create_optimizer, create_schedule, decaying_parameters, parameter_groups
 from itemizedclip.training.options import LoadingSettings, ObjectiveSettings, OptimizerSettings
 from itemizedclip.training.task import ItemizedTask

@@ -25,9 +25,9 @@ from report_cases import AXIAL, PROVENANCE, photograph, planted_maps, scan, stud
 from itemizedclip.commands.cli import main as cli
 from itemizedclip.commands.questions import read_items_file, split_texts
 from itemizedclip.models.factory import load_pretrained
-from itemizedclip.viewer.explanation import Explainer
+from itemizedclip.viewer.explanation import Explainer, Explanation, explain_input
 from itemizedclip.viewer.geometry import Geometry
-from itemizedclip.viewer.inputs import Explanation, InputView, ModelInput, explain_input, photograph_input
+from itemizedclip.viewer.inputs import InputView, ModelInput, photograph_input
 from itemizedclip.viewer.page.html import described_items, pack_array, report_html
 from itemizedclip.viewer.page.serve import (
     ASK_PATH,

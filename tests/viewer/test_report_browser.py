@@ -15,9 +15,10 @@ from matplotlib import colormaps
 from PIL import Image
 from report_cases import AXIAL, PROVENANCE, photograph, planted_maps, scan, study
 
+from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import MIN_SCALE_TOP
 from itemizedclip.viewer.geometry import map_to_input
-from itemizedclip.viewer.inputs import Explanation, InputView, ModelInput
+from itemizedclip.viewer.inputs import InputView, ModelInput
 from itemizedclip.viewer.page.html import described_items, report_html
 from itemizedclip.viewer.page.serve import ASK_PATH, ReportServer
 

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.transforms import CenterCrop, Compose, RandomResizedCrop
 
 from itemizedclip.data.batch import ItemCollator, ItemSample
+from itemizedclip.evaluation.attention import ItemMaps, item_maps, maps_of_features
 from itemizedclip.models.dual_encoder import ImageFeatures
 from itemizedclip.models.factory import create_model, create_tokenizer, create_transform
 from itemizedclip.models.item_attention import ItemAttention
@@ -26,14 +27,7 @@ from itemizedclip.viewer.figures import (
     save_figure,
     wrap_text,
 )
-from itemizedclip.viewer.geometry import (
-    Geometry,
-    ItemMaps,
-    geometry_of_transform,
-    item_maps,
-    map_to_input,
-    maps_of_features,
-)
+from itemizedclip.viewer.geometry import Geometry, geometry_of_transform, map_to_input
 
 TINY = {
     "name": "tiny",

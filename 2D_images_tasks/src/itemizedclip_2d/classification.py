@@ -24,11 +24,10 @@ from itemizedclip.evaluation.results import EvaluationReport, metrics_table, wri
 from itemizedclip.evaluation.tcsim import Scoring
 from itemizedclip.models.factory import create_transform, load_pretrained
 from itemizedclip.runtime.collectives import is_main
+from itemizedclip.runtime.errors import reported_errors
 from itemizedclip.runtime.flags import read_flags
 from itemizedclip.runtime.precision import resolve_precision
-from itemizedclip.runtime.processes import launch, on_main
-from itemizedclip.training.engine import reported_errors
-from itemizedclip.training.options import DistributedSettings, RunOptions, RunSettings
+from itemizedclip.runtime.processes import DistributedSettings, launch, on_main
 from itemizedclip_2d.rsicd import RSICD_CLASSES, RsicdDataset, load_class_labels
 
 logger = logging.getLogger(__name__)
@@ -83,8 +82,7 @@ class ClassificationOptions:
 
 def evaluate(options: ClassificationOptions) -> dict[str, float]:
     """Load, score, print a table, write results.json; all ranks return the same numbers."""
-    run = RunOptions(run=RunSettings(device=options.device), distributed=options.distributed)
-    with launch(run) as ranks:
+    with launch(options.device, options.distributed) as ranks:
         loaded = load_pretrained(options.resume, config=options.model)
         for note in loaded.notes if ranks.is_main else ():
             logger.info("%s: %s", options.resume, note)

@@ -8,28 +8,28 @@ Axes: T items of one image, H heads, H0, W0 rows and columns of the image, pixel
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from itemizedclip.data.batch import BadSampleError
+from itemizedclip.evaluation.attention import ItemMaps
 from itemizedclip.models.factory import CheckpointError, LoadedModel, load_pretrained
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.tokenizers import ClipTokenizer
-from itemizedclip.runtime.processes import choose_device
-from itemizedclip.training.options import check_device_name
+from itemizedclip.runtime.errors import UserError, reported_errors
+from itemizedclip.runtime.files import check_writable
+from itemizedclip.runtime.logs import progress_bar
+from itemizedclip.runtime.processes import check_device_name, choose_device
+from itemizedclip.viewer.explanation import Explanation, explain_input
 from itemizedclip.viewer.files import write_pictures
-from itemizedclip.viewer.geometry import ItemMaps, Upsampling
-from itemizedclip.viewer.inputs import Explanation, explain_input, photograph_input
+from itemizedclip.viewer.geometry import Upsampling
+from itemizedclip.viewer.inputs import photograph_input
 
 DEFAULT_OUTPUT = Path(__file__).parents[1] / "visualize" / "visualizations"
 
@@ -70,9 +70,9 @@ class SelectionSettings:
         if self.viz_id is not None:
             parse_numbers(self.viz_id)
         if self.num_images < 1:
-            raise ValueError(f"--num-images is {self.num_images}; expected at least 1")
+            raise UserError(f"--num-images is {self.num_images}; expected at least 1")
         if self.items is not None and not self.own_items:
-            raise ValueError('--items holds no text; expected such as "a runway;parked planes"')
+            raise UserError('--items holds no text; expected such as "a runway;parked planes"')
 
     @property
     def own_items(self) -> list[str] | None:
@@ -119,7 +119,7 @@ def parse_numbers(text: str) -> list[range]:
         match = re.fullmatch(r"\s*(\d{1,12})(?:\s*-\s*(\d{1,12}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
-            raise ValueError(f"--viz-id is {text!r}; expected numbers and rising ranges such as 3,17-25")
+            raise UserError(f"--viz-id is {text!r}; expected numbers and rising ranges such as 3,17-25")
         ranges.append(range(first, last + 1))
     return ranges
 
@@ -174,7 +174,7 @@ def chosen_numbers(selection: SelectionSettings, source: PictureSource) -> list[
     ranges = parse_numbers(selection.viz_id)
     beyond = [numbers[-1] for numbers in ranges if numbers[-1] >= len(source)]
     if beyond:
-        raise ValueError(f"--viz-id asks for image {beyond[0]}; there are {len(source)}, numbered from 0")
+        raise UserError(f"--viz-id asks for image {beyond[0]}; there are {len(source)}, numbered from 0")
     return list(dict.fromkeys(number for numbers in ranges for number in numbers))
 
 
@@ -242,52 +242,30 @@ def visualize(options: VisualizeOptions, open_source: Callable[[], PictureSource
         prog: name of the command in messages.
 
     Raises:
-        SystemExit: 2, after one line on standard error, for what the user can mend.
+        SystemExit: 1, after one line on standard error, for what the user can mend.
     """
     output = options.pictures.output
-    with _reported(prog, ValueError, OSError):  # CheckpointError, SetupError and BadSampleError are ValueErrors
-        viewer = load_viewer(options.model, options.pictures)
-        source = open_source()
-        numbers = chosen_numbers(options.selection, source)
-        _make_folder(output)
     table = _score_table()
     cut: list[str] = []
     written: list[Path] = []
-    with _reported(prog, BadSampleError, OSError), _progress_bar() as progress:
-        for number in progress.track(numbers, description="Drawing"):
-            picture = source.picture(number)
-            explanation = viewer.explain(picture)
-            written += viewer.write(picture, explanation)
-            _add_scores(table, picture, explanation.maps)
-            cut += [f"item {k} of image {number}" for k in viewer.cut_items(picture)]
+    with reported_errors(prog):
+        viewer = load_viewer(options.model, options.pictures)
+        source = open_source()
+        numbers = chosen_numbers(options.selection, source)
+        check_writable(output, "--output")
+        with progress_bar("Drawing") as advance:
+            for done, number in enumerate(numbers, start=1):
+                picture = source.picture(number)
+                explanation = viewer.explain(picture)
+                written += viewer.write(picture, explanation)
+                _add_scores(table, picture, explanation.maps)
+                cut += [f"item {k} of image {number}" for k in viewer.cut_items(picture)]
+                advance(done, len(numbers))
     Console().print(table)
     if cut:
         print(f"Longer than the text tower reads, or just as long: {', '.join(cut)}")
     names = written[0].name if len(written) == 1 else f"{written[0].name} … {written[-1].name}"
     print(f"Pictures in {output.resolve()} ({len(written)}): {names}")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot put pictures here ({error.strerror}); give a folder by --output") from None
-
-
-@contextmanager
-def _reported(prog: str, *mendable: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds into one line on standard error and exit status 2."""
-    try:
-        yield
-    except mendable as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def _progress_bar() -> Progress:
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _score_table() -> Table:

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import tyro
 
+from itemizedclip.runtime.errors import UserError
 from itemizedclip.training.options import (
     LoadingSettings,
     ModelSettings,
@@ -111,7 +112,7 @@ class ShardData:
         for name, lowest in (("train_num_samples", 1), ("val_num_samples", 1), ("shard_window", 0)):
             value = getattr(self, name)
             if value is not None and value < lowest:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least {lowest}")
+                raise UserError(f"--{name.replace('_', '-')} is {value}; expected at least {lowest}")
 
 
 @dataclass(frozen=True)

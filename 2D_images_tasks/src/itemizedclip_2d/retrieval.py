@@ -27,15 +27,16 @@ from rich.table import Table
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.ranks import RETRIEVAL_CUTOFFS, retrieval_table
-from itemizedclip.evaluation.results import EvaluationReport, file_sha256, format_measure, progress_bar, write_results
+from itemizedclip.evaluation.results import EvaluationReport, format_measure, write_results
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.evaluation.tcsim import Scoring
 from itemizedclip.models.factory import create_transform, load_pretrained, transform_spec
+from itemizedclip.runtime.errors import UserError, reported_errors
+from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.logs import progress_bar
 from itemizedclip.runtime.precision import resolve_precision
-from itemizedclip.runtime.processes import launch, on_main
-from itemizedclip.training.engine import reported_errors
-from itemizedclip.training.options import DistributedSettings, RunOptions, RunSettings
+from itemizedclip.runtime.processes import DistributedSettings, launch, on_main
 from itemizedclip_2d.retrieval_sets import RetrievalSet, Transform, coco_karpathy, coco_val2017, flickr30k
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class RetrievalOptions(ABC):
     def __post_init__(self) -> None:
         for name, value, lowest in (("batch-size", self.batch_size, 1), ("workers", self.workers, 0)):
             if value < lowest:
-                raise ValueError(f"--{name} is {value}; expected at least {lowest}")
+                raise UserError(f"--{name} is {value}; expected at least {lowest}")
 
     @property
     def scoring(self) -> Scoring:
@@ -132,8 +133,7 @@ def evaluate(options: RetrievalOptions) -> dict[str, float]:
     Raises:
         CheckpointError, FileNotFoundError, ValueError, SetupError: each one sentence with its remedy.
     """
-    run = RunOptions(run=RunSettings(device=options.device), distributed=options.distributed)
-    with launch(run) as ranks:
+    with launch(options.device, options.distributed) as ranks:
         loaded = load_pretrained(options.resume, config=options.model)
         transform = create_transform(loaded.config, is_train=False)
         # The main rank first, which reports what is wrong with the files.
@@ -199,7 +199,7 @@ def check_output(path: Path) -> None:
     except OSError:
         writable = False
     if not writable:
-        raise ValueError(f"{path}: results cannot be written there; give a file in a writable folder with --output")
+        raise UserError(f"{path}: results cannot be written there; give a file in a writable folder with --output")
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itemizedclip.data.batch import ItemSample
-from itemizedclip.data.items import read_json
-from itemizedclip.evaluation.results import file_sha256
+from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.files import file_sha256, read_json
 from itemizedclip_2d.image_files import decode_image
 
 Transform = Callable[[Image.Image], Tensor]
@@ -73,10 +73,10 @@ class RetrievalSet(Dataset[ItemSample]):
             ValueError: no image at all.
         """
         if not entries:
-            raise ValueError(f"{annotations}: names no image of {name}; expected {PUBLISHED_COUNTS[name][0]}")
+            raise UserError(f"{annotations}: names no image of {name}; expected {PUBLISHED_COUNTS[name][0]}")
         missing = [entry.path for entry in entries if not entry.path.is_file()]
         if missing:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{len(missing)} of the {len(entries)} images that {annotations} names do not exist, the first: "
                 f"{missing[0]}; {remedy}"
             )
@@ -146,14 +146,14 @@ def coco_val2017(root: Path, transform: Transform) -> RetrievalSet:
         where = f"{annotations}: images[{number}]"
         image_id = _field(image, "id", int, where)
         if image_id in paths:
-            raise ValueError(f"{where}: id {image_id} appears twice")
+            raise UserError(f"{where}: id {image_id} appears twice")
         paths[image_id] = folder / _plain_path(_field(image, "file_name", str, where), where)
         texts[image_id] = []
     for number, caption in enumerate(captions):
         where = f"{annotations}: annotations[{number}]"
         image_id = _field(caption, "image_id", int, where)
         if image_id not in texts:
-            raise ValueError(f"{where}: image_id {image_id} is the id of no image; download the file again")
+            raise UserError(f"{where}: image_id {image_id} is the id of no image; download the file again")
         texts[image_id].append(_field(caption, "caption", str, where))
     entries = [_entry(paths[i], texts[i], f"{annotations}: image {i}") for i in paths]
     return RetrievalSet("coco_val2017", annotations, entries, transform, remedy)
@@ -193,7 +193,7 @@ def flickr30k(root: Path, split: str, transform: Transform) -> RetrievalSet:
     )  # fmt: skip
     content = read_json(annotations, holding="Flickr30k captions")
     if not isinstance(content, list):
-        raise ValueError(f'{annotations}: expected a list of {{"image": …, "caption": […]}}')
+        raise UserError(f'{annotations}: expected a list of {{"image": …, "caption": […]}}')
     entries = []
     for number, image in enumerate(content):
         where = f"{annotations}: entry {number}"
@@ -265,17 +265,17 @@ def _first_folder(*candidates: Path) -> Path:
 
 def _check_folder(root: Path, expected: str) -> None:
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; expected {expected}")
+        raise MissingFileError(f"{root}: no such folder; expected {expected}")
 
 
 def _check_file(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected {expected}")
+        raise MissingFileError(f"{path}: no such file; expected {expected}")
 
 
 def _lists_of(content: object, path: Path, *names: str) -> tuple[list[Any], ...]:
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object with {' and '.join(names)}")
+        raise UserError(f"{path}: expected an object with {' and '.join(names)}")
     return tuple(_field(content, name, list, str(path)) for name in names)
 
 
@@ -283,7 +283,7 @@ def _field(entry: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
     value = entry.get(name) if isinstance(entry, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         what = {int: "a whole number", str: "a string", list: "a list"}[kind]
-        raise ValueError(f"{where}: expected field {name} to be {what}, found {str(value)[:40]!r}")
+        raise UserError(f"{where}: expected field {name} to be {what}, found {str(value)[:40]!r}")
     return value
 
 
@@ -295,11 +295,11 @@ def _plain_path(name: str, where: str) -> Path:
     """A relative path that stays below its folder."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{where}: image {name[:80]!r}; expected a relative path below the data folder")
+        raise UserError(f"{where}: image {name[:80]!r}; expected a relative path below the data folder")
     return Path(path)
 
 
 def _entry(path: Path, captions: Sequence[object], where: str) -> CaptionedImage:
     if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise ValueError(f"{where} ({path.name}): expected at least one caption and none empty")
+        raise UserError(f"{where} ({path.name}): expected at least one caption and none empty")
     return CaptionedImage(path, [str(caption) for caption in captions])

@@ -25,14 +25,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itemizedclip.data.batch import BadSampleError, ItemSample
-from itemizedclip.data.items import (
-    diverse_sample,
-    normalise_item,
-    read_json,
-    sample_rng,
-    seeded_transforms,
-    split_captions,
-)
+from itemizedclip.data.items import diverse_sample, normalise_item, sample_rng, seeded_transforms, split_captions
+from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.files import read_json
 from itemizedclip_2d.rsicd_table import BadRow, open_rsicd_table
 
 logger = logging.getLogger(__name__)
@@ -107,9 +102,9 @@ class RsicdDataset(Dataset[ItemSample]):
             BadSampleError: a row that cannot be used, with on_bad_sample="stop".
         """
         if num_items < 1:
-            raise ValueError(f"num_items (K, texts per image) must be at least 1, got {num_items}")
+            raise UserError(f"num_items (K, texts per image) must be at least 1, got {num_items}")
         if on_bad_sample not in ("skip", "stop"):
-            raise ValueError(f'on_bad_sample must be "skip" or "stop", got {on_bad_sample!r}')
+            raise UserError(f'on_bad_sample must be "skip" or "stop", got {on_bad_sample!r}')
         self.table = open_rsicd_table(csv_path, cache_dir)
         self.transform = transform
         self.num_items = num_items
@@ -163,7 +158,7 @@ class RsicdDataset(Dataset[ItemSample]):
             return [caption_items(captions) for captions in self.table.captions]
         foreign = [key for key in items if not (isinstance(key, int) and 0 <= key < num_rows)]
         if foreign:
-            raise ValueError(
+            raise UserError(
                 f"{self._items_source}: key {foreign[0]!r} (and {len(foreign) - 1} more) is no row of "
                 f"{self.table.csv_path}, which has the rows 0 to {num_rows - 1} (whole numbers). "
                 "Give the item file of this split."
@@ -195,7 +190,7 @@ class RsicdDataset(Dataset[ItemSample]):
             f"\n  and {more} more" if more > 0 else ""
         )
         if len(self.skipped) == num_rows:
-            raise ValueError(f"{summary}\nNo row is left. Check that CSV and item file belong together.")
+            raise UserError(f"{summary}\nNo row is left. Check that CSV and item file belong together.")
         if on_bad_sample == "stop":
             raise BadSampleError(f"{summary}\nFix the files, or leave these rows out with --on-bad-sample skip.")
         logger.warning("%s\nThese rows are skipped.", summary)
@@ -218,14 +213,14 @@ def load_external_captions(paths: str) -> dict[str, Path]:
     forms: dict[int, tuple[str, ...]] = {2: ("train", "test"), 3: ("train", "valid", "test")}
     parts = [part.strip() for part in paths.split(";")]
     if len(parts) not in forms or not all(parts):
-        raise ValueError(
+        raise UserError(
             f'item files {paths!r}: expected "train.json;test.json" or "train.json;valid.json;test.json", '
             f"found {sum(map(bool, parts))} path(s); quote the argument, because a shell ends a command at ';'"
         )
     files: dict[str, Path] = dict(zip(forms[len(parts)], map(Path, parts)))
     for split, path in files.items():
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; expected the items of {split}.csv")
+            raise MissingFileError(f"{path}: no such file; expected the items of {split}.csv")
     return files
 
 
@@ -276,7 +271,7 @@ def resolve_validation_split(rsicd_dir: str | Path, item_files: Mapping[str, Pat
 
 def _existing(chosen: ValidationSplit) -> ValidationSplit:
     if not chosen.csv_path.is_file():
-        raise FileNotFoundError(f"{chosen.csv_path}: no such file; expected RSICD's {chosen.split}.csv, to validate on")
+        raise MissingFileError(f"{chosen.csv_path}: no such file; expected RSICD's {chosen.split}.csv, to validate on")
     return chosen
 
 
@@ -298,10 +293,10 @@ def load_class_labels(path: str | Path, num_rows: int) -> list[int]:
     expected = f"a JSON array of class numbers 0 to {len(RSICD_CLASSES) - 1}, one per row of test.csv"
     if not isinstance(labels, list):
         found = "an object" if isinstance(labels, dict) else repr(labels)[:40]
-        raise ValueError(f"{path}: expected {expected}, found {found}")
+        raise UserError(f"{path}: expected {expected}, found {found}")
     if not 1 <= len(labels) <= num_rows:
-        raise ValueError(f"{path}: {len(labels)} labels for a CSV of {num_rows} rows; expected {expected}")
+        raise UserError(f"{path}: {len(labels)} labels for a CSV of {num_rows} rows; expected {expected}")
     for row, label in enumerate(labels):
         if type(label) is not int or not 0 <= label < len(RSICD_CLASSES):
-            raise ValueError(f"{path}: label of row {row} is {repr(label)[:40]}; expected {expected}")
+            raise UserError(f"{path}: label of row {row} is {repr(label)[:40]}; expected {expected}")
     return labels

@@ -31,11 +31,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.literals import LiteralError, parse_flat_record, parse_string_array
+from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.logs import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def open_rsicd_table(csv_path: str | Path, cache_dir: str | Path | None = None) 
     """
     csv_path = Path(csv_path)
     if not csv_path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{csv_path}: no such file; expected an RSICD CSV (train.csv, valid.csv or test.csv) with the columns "
             f"{', '.join(COLUMNS)}"
         )
@@ -183,7 +183,7 @@ def _writable(root: Path) -> Iterator[None]:
         root.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{root}: cannot build the image cache here ({error.strerror or error}); "
             "give a cache folder that is writable and has room for about 0.4 times the size of the CSV"
         ) from error
@@ -228,8 +228,8 @@ def _write_cache(csv_path: Path, folder: Path) -> None:
     image_starts = [0]
     bad_rows: list[BadRow] = []
     source = _HashedFile(csv_path)
-    with source, open(folder / "images.bin", "wb") as images, _raised_field_limit(), _progress_bar() as progress:
-        task = progress.add_task(f"Reading {csv_path.name} once", total=before.st_size)
+    reading = progress_bar(f"Reading {csv_path.name} once (bytes)")
+    with source, open(folder / "images.bin", "wb") as images, _raised_field_limit(), reading as advance:
         for row, (line, cells) in enumerate(_read_rows(csv_path, source)):
             try:
                 filename, row_captions, image = _parse_cells(cells)
@@ -241,14 +241,14 @@ def _write_cache(csv_path: Path, folder: Path) -> None:
             captions.append(row_captions)
             images.write(image)
             image_starts.append(image_starts[-1] + len(image))
-            progress.update(task, completed=source.position)
+            advance(source.position, before.st_size)
         images.flush()
         os.fsync(images.fileno())
     after = csv_path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise ValueError(f"{csv_path}: changed while it was read; start again when the file is complete")
+        raise UserError(f"{csv_path}: changed while it was read; start again when the file is complete")
     if not filenames:
-        raise ValueError(f"{csv_path}: no row below the header; expected one image per row")
+        raise UserError(f"{csv_path}: no row below the header; expected one image per row")
     index = {
         "csv_sha256": source.sha256.hexdigest(),
         "filenames": filenames,
@@ -262,12 +262,6 @@ def _write_cache(csv_path: Path, folder: Path) -> None:
         "Read %d rows of %s in %.1f s, %d of them bad", len(filenames), csv_path, time.monotonic() - started_s,
         len(bad_rows),
     )  # fmt: skip
-
-
-def _progress_bar() -> Progress:
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 class _HashedFile(io.RawIOBase):
@@ -305,7 +299,7 @@ def _read_rows(csv_path: Path, source: _HashedFile) -> Iterator[tuple[int, dict[
         missing = [name for name in COLUMNS if name not in header]
         if missing:
             found = ", ".join(ascii(name[:40]) for name in header[:10]) or "an empty file"
-            raise ValueError(
+            raise UserError(
                 f"{csv_path}: column {', '.join(map(repr, missing))} missing; expected a header with "
                 f"{', '.join(COLUMNS)}, found {found}"
             )
@@ -315,12 +309,12 @@ def _read_rows(csv_path: Path, source: _HashedFile) -> Iterator[tuple[int, dict[
                 yield line, dict(zip(header, fields)) if len(fields) == len(header) else None
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(
+        raise UserError(
             f"{csv_path}: row starting at line {line}: {error}; "
             "expected a CSV whose quotes are closed. Download the file again."
         ) from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{csv_path}: not UTF-8 text: {error}. Download the file again.") from None
+        raise UserError(f"{csv_path}: not UTF-8 text: {error}. Download the file again.") from None
 
 
 @contextmanager

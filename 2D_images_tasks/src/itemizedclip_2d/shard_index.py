@@ -33,12 +33,12 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from itemizedclip.data.batch import BadSampleError
-from itemizedclip.data.items import read_json
 from itemizedclip.data.preflight import PreflightError
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import read_json, written_whole
+from itemizedclip.runtime.logs import progress_bar
 from itemizedclip_2d.image_files import decode_image
 from itemizedclip_2d.packed_items import PackedItems
 from itemizedclip_2d.rsicd_table import CACHE_FOLDER
@@ -66,7 +66,7 @@ def item_index(key: str) -> int:
     is_number = key.isascii() and key.isdigit() and len(key) <= 18
     shard, position = divmod(int(key), 10_000) if is_number else (0, SAMPLES_PER_SHARD)
     if position >= SAMPLES_PER_SHARD:
-        raise ValueError(no_index(key))
+        raise UserError(no_index(key))
     return position + SAMPLES_PER_SHARD * shard
 
 
@@ -153,7 +153,7 @@ def listed_counts(shards: Sequence[Path]) -> dict[Path, int]:
             continue
         sizes = read_json(path, holding="samples per shard")
         if not isinstance(sizes, dict) or not all(type(value) is int for value in sizes.values()):
-            raise ValueError(f'{path}: expected an object of whole numbers such as {{"00000.tar": 4312}}')
+            raise UserError(f'{path}: expected an object of whole numbers such as {{"00000.tar": 4312}}')
         counts |= {shard: sizes[shard.name] for shard in shards if shard.parent == folder and shard.name in sizes}
     return counts
 
@@ -198,10 +198,8 @@ class ShardIndex:
         arrays: dict[str, Any] = {name: getattr(self, name) for name in ("keys", "names", "indices", "starts", "sizes")}
         arrays |= self.captions.arrays("captions")
         rest = json.dumps({"bad": self.bad, "damage": self.damage, "digest": self.digest})
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with part.open("wb") as file:
+        with written_whole(path) as file:
             np.savez(file, rest=np.array(rest), **arrays)
-        part.replace(path)
 
     @staticmethod
     def load(path: Path, shard: Path) -> ShardIndex:
@@ -396,9 +394,10 @@ def open_shards(
     to_read = [path for path in files if path not in found]
     if to_read:
         logger.info("Reading shards without an index once: %d, into %s", len(to_read), files[to_read[0]].parent)
-        with _progress_bar() as progress, ThreadPoolExecutor(_BUILD_THREADS) as pool:
-            indices = progress.track(pool.map(build, to_read), total=len(to_read), description="Reading shards once")
-            found |= dict(zip(to_read, indices))
+        with progress_bar("Reading shards once") as advance, ThreadPoolExecutor(_BUILD_THREADS) as pool:
+            for path, index in zip(to_read, pool.map(build, to_read)):
+                found[path] = index
+                advance(len(found), len(files))
     return [found[path] for path in shards]
 
 
@@ -428,9 +427,3 @@ def _writable(folder: Path) -> Iterator[None]:
             f"{folder}: cannot write the index of the shards here ({error.strerror or error}); "
             "give a writable folder with --cache-dir"
         ) from error
-
-
-def _progress_bar() -> Progress:
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

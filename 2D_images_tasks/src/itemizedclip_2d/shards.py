@@ -37,7 +37,8 @@ from torch.utils.data import Dataset
 from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.items import diverse_sample, sample_rng, seeded_transforms
 from itemizedclip.data.preflight import PreflightError
-from itemizedclip.data.sampler import EpochSampler, Key, stable_seed
+from itemizedclip.data.sampler import EpochSampler, Key
+from itemizedclip.runtime.processes import stable_seed
 from itemizedclip_2d.image_files import decode_image
 from itemizedclip_2d.packed_items import PackedItems
 from itemizedclip_2d.shard_index import SHARD_REMEDY, ShardIndex, listed_counts, no_index

@@ -22,10 +22,12 @@ from itemizedclip.data.preflight import PreflightError, check_dataset
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.models.factory import create_model, create_tokenizer, create_transform
-from itemizedclip.runtime.processes import Ranks, launch, on_main
-from itemizedclip.training.engine import Evaluator, TrainResult, reported_errors, train
+from itemizedclip.runtime.errors import MissingFileError, reported_errors
+from itemizedclip.runtime.processes import Ranks, on_main
+from itemizedclip.training.engine import Evaluator, TrainResult, train
 from itemizedclip.training.loading import BatchSource, MapSource
 from itemizedclip.training.options import parse_run
+from itemizedclip.training.run import launch_run
 from itemizedclip_2d.recipes import RECIPES, RsicdRun, ShardRun
 from itemizedclip_2d.rsicd import RsicdDataset, load_external_captions, resolve_validation_split
 from itemizedclip_2d.shard_index import expand_shards, open_shards
@@ -62,7 +64,7 @@ def rsicd_data(options: RsicdRun, config: dict[str, Any], ranks: Ranks) -> Train
     """
     folder = options.data.rsicd_dir
     if folder is None:
-        raise FileNotFoundError("--rsicd-data-dir is not set; give the folder with train.csv, valid.csv and test.csv")
+        raise MissingFileError("--rsicd-data-dir is not set; give the folder with train.csv, valid.csv and test.csv")
     files = None
     if options.data.external_captions != "captions":
         files = load_external_captions(options.data.external_captions)
@@ -183,7 +185,7 @@ def shard_data(options: ShardRun, config: dict[str, Any], ranks: Ranks, collator
 def main(argv: Sequence[str] | None = None) -> TrainResult:
     """Parse flags, build model and data, train."""
     options = parse_run(RECIPES, "rsicd", argv, prog="main.py", description=DESCRIPTION)
-    with reported_errors(), launch(options) as ranks:
+    with reported_errors(), launch_run(options) as ranks:
         model = create_model(options.model.model)
         collator = ItemCollator(create_tokenizer(model.config), options.loading.num_sampled_captions)
         if isinstance(options, ShardRun):

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.items import load_item_lists
+from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.flags import read_flags
 from itemizedclip_2d.pictures import Picture, VisualizeOptions, visualize
 from itemizedclip_2d.recipes import RsicdData
@@ -56,7 +57,7 @@ class RsicdSource:
 
     def __init__(self, data: RsicdPictures, own_items: list[str] | None) -> None:
         if data.rsicd_dir is None:
-            raise ValueError(f"--rsicd-data-dir is not set; give the folder with {data.split}.csv")
+            raise UserError(f"--rsicd-data-dir is not set; give the folder with {data.split}.csv")
         csv_path = data.rsicd_dir / f"{data.split}.csv"
         items_path = None if own_items else _items_path(data)
         items: dict[int, list[str]] | None = None
@@ -99,7 +100,7 @@ def _items_path(data: RsicdPictures) -> Path | None:
         return None
     files = load_external_captions(data.external_captions)
     if data.split not in files:
-        raise ValueError(
+        raise UserError(
             f"--external-captions {data.external_captions!r} has no item file for --split {data.split}; give "
             "'train.json;valid.json;test.json', or captions for the CSV's own sentences"
         )

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from itemizedclip.runtime.errors import UserError
 from itemizedclip.training.options import LoadingSettings, ModelSettings, ObjectiveSettings, OptimizerSettings
 from itemizedclip_radiology.data.chest import PUBLISHED_INPUT_INFO, ChestSettings
 from itemizedclip_radiology.data.volumes import Size
@@ -52,7 +53,7 @@ class ChestRun(RadiologyRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model.lock_text and self.initial.text_model is None and self.model.pretrained is None:
-            raise ValueError(
+            raise UserError(
                 "--lock-text would freeze a BERT of random weights: give its weights with --text-model, or drop "
                 "--lock-text (--no-lock-text)"
             )

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+from itemizedclip.runtime.errors import UserError
 from itemizedclip.training.options import (
     LoadingSettings,
     ModelSettings,
@@ -56,7 +57,7 @@ class StudyData:
 
     def __post_init__(self) -> None:
         if self.num_series < 1:
-            raise ValueError(f"--num-series is {self.num_series}; expected at least 1")
+            raise UserError(f"--num-series is {self.num_series}; expected at least 1")
 
 
 @dataclass(frozen=True)

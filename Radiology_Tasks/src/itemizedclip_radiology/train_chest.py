@@ -25,10 +25,11 @@ from itemizedclip.evaluation.classification import ClassPrompts, MultiLabelEvalu
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.models.factory import create_tokenizer
-from itemizedclip.runtime.processes import launch, on_main
-from itemizedclip.training.engine import TrainResult, reported_errors, train
+from itemizedclip.runtime.errors import UserError, reported_errors
+from itemizedclip.runtime.processes import on_main
+from itemizedclip.training.engine import TrainResult, train
 from itemizedclip.training.options import parse_run
-from itemizedclip.training.run import Evaluator
+from itemizedclip.training.run import Evaluator, launch_run
 from itemizedclip_radiology.benchmarks.benchmark import Benchmark
 from itemizedclip_radiology.benchmarks.chest_ct import CT_RATE_VALID_LABELS, open_ct_rate
 from itemizedclip_radiology.benchmarks.zero_shot import find_labels
@@ -254,14 +255,12 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     """Parse flags, build model and data, train."""
     options = parse_run(RECIPES, "ctrate", argv, prog="main.py", description=DESCRIPTION)
     data = options.data
-    with reported_errors(), launch(options) as ranks:
+    with reported_errors(), launch_run(options) as ranks:
         root, items_json = on_main(lambda: (find_ct_rate_root(data.data_root), find_items_json(data.items_json)))
         model = build_model(options, data.volume_size)
         config = model.visual.trunk.config
         if config.series_names:
-            raise ValueError(
-                f"--model {options.model.model} reads series names of brain studies; give a chest CT model"
-            )
+            raise UserError(f"--model {options.model.model} reads series names of brain studies; give a chest CT model")
         chest = data.chest_input(config.volume_size)
         on_main(lambda: check_scans(options, open_scans(options, root, items_json, chest, is_train=True)))
         if not ranks.is_main:

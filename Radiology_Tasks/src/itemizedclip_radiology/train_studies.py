@@ -20,9 +20,11 @@ from itemizedclip.data.preflight import PreflightError
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.models.factory import create_tokenizer
-from itemizedclip.runtime.processes import Ranks, launch, on_main
-from itemizedclip.training.engine import TrainResult, reported_errors, train
+from itemizedclip.runtime.errors import UserError, reported_errors
+from itemizedclip.runtime.processes import Ranks, on_main
+from itemizedclip.training.engine import TrainResult, train
 from itemizedclip.training.options import parse_run
+from itemizedclip.training.run import launch_run
 from itemizedclip_radiology.data.reports import read_report_table
 from itemizedclip_radiology.data.study_dataset import VOLUME_FILE, StudyDataset, StudyFiles, find_study_files
 from itemizedclip_radiology.data.volumes import Size, crop_series, read_volume
@@ -147,12 +149,12 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     """Parse flags, build model and data, train."""
     options = parse_run(RECIPES, "mri", argv, prog="main.py", description=DESCRIPTION)
     data = options.data
-    with reported_errors(), launch(options) as ranks:
+    with reported_errors(), launch_run(options) as ranks:
         files = on_main(lambda: find_study_files(data.data_root, data.json_root, is_ct=data.is_ct))
         model = build_model(options, data.volume_size)
         config = model.visual.trunk.config
         if config.series_names and not data.use_serienames:
-            raise ValueError(f"--model {options.model.model} reads series names; drop --no-use-serienames")
+            raise UserError(f"--model {options.model.model} reads series names; drop --no-use-serienames")
         volume_size = config.volume_size
         train_split, valid_split, rows = open_studies(options, files, volume_size, ranks)
         evaluator = RetrievalEvaluator(

@@ -15,6 +15,7 @@ from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.preflight import PreflightError
 from itemizedclip.models.factory import create_model, load_model_config
 from itemizedclip.runtime.collectives import gather_objects
+from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.processes import on_main
 from itemizedclip.training.options import LoadingSettings, ModelSettings, RunOptions
 from itemizedclip_radiology.data.reports import StudyIndex
@@ -65,7 +66,7 @@ def model_config(settings: ModelSettings, initial: InitialWeights, volume_size: 
     """
     config = load_model_config(settings.model)
     if config["vision_cfg"].get("tower") != "hlip":
-        raise ValueError(f"--model {settings.model} is no model of 3-D studies; for example HLIPSN_debug is one")
+        raise UserError(f"--model {settings.model} is no model of 3-D studies; for example HLIPSN_debug is one")
     if volume_size is not None:
         config["vision_cfg"] = {**config["vision_cfg"], "volume_size": list(volume_size)}
     if initial.text_model is not None:

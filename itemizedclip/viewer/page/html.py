@@ -26,8 +26,10 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import COLOUR_MAP, MIN_SCALE_TOP
-from itemizedclip.viewer.inputs import Explanation, InputView
+from itemizedclip.viewer.inputs import InputView
 
 SCRIPTS = ("data.js", "planes.js", "paint.js", "app.js")
 """Parts of the page's one script, in this order."""
@@ -76,7 +78,7 @@ def report_html(
         ValueError: nothing to show.
     """
     if not explanation.items and ask is None:
-        raise ValueError("no text to look for; give at least one item")
+        raise UserError("no text to look for; give at least one item")
     source = explanation.source
     blocks: dict[str, str] = {}
     items = described_items(explanation, cut_items)

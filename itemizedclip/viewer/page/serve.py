@@ -19,6 +19,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from itemizedclip.runtime.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 ASK_PATH = "ask"
@@ -37,7 +39,7 @@ Answer = Callable[[Sequence[str]], dict[str, Any]]
 """Items → what the page reads (`itemizedclip.viewer.page.html.described_items`)."""
 
 
-class QuestionError(ValueError):
+class QuestionError(UserError):
     """A question that cannot be answered: the message says what to ask instead."""
 
 
@@ -89,7 +91,7 @@ class ReportServer(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except (OSError, OverflowError) as error:
-            raise ValueError(
+            raise UserError(
                 f"--port {port}: cannot listen there ({error}); leave --port out to take a free one"
             ) from error
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from itemizedclip.evaluation.results import Protocol
+from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip_radiology.data.label_table import LabelTable
 from itemizedclip_radiology.data.studies import LoadedStudy, Preparation, Study, load_study
 from itemizedclip_radiology.data.volumes import BRAIN_SIZE, GreyRange, Size
@@ -115,7 +116,7 @@ class Benchmark:
 def check_protocol(protocol: str) -> Protocol:
     """The protocol, or ValueError naming both."""
     if protocol not in ("corrected", "published"):
-        raise ValueError(f"--protocol is {protocol!r}; expected corrected or published")
+        raise UserError(f"--protocol is {protocol!r}; expected corrected or published")
     return "corrected" if protocol == "corrected" else "published"
 
 
@@ -149,9 +150,9 @@ def assemble(
         shown = ", ".join(table.ids[row] for row in absent[:_MAX_LISTED]) + (", …" if len(absent) > _MAX_LISTED else "")
         message = f"{len(absent):,} of {len(table):,} studies of {table.source} are not in {looked_in}: {shown}"
         if not present:
-            raise FileNotFoundError(f"{message}. Give the folder that holds them (--data-dir)")
+            raise MissingFileError(f"{message}. Give the folder that holds them (--data-dir)")
         if not allow_missing:
-            raise FileNotFoundError(f"{message}. Add them, or score the others with --allow-missing")
+            raise MissingFileError(f"{message}. Add them, or score the others with --allow-missing")
         logger.warning("%s; they are left out", message)
     listed = set(table.ids)
     return Benchmark(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from itemizedclip.runtime.errors import UserError
 from itemizedclip_radiology.benchmarks.benchmark import Benchmark, Protocol, assemble
 from itemizedclip_radiology.data.chest import ChestReader
 from itemizedclip_radiology.data.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, parse_volume_name
@@ -146,7 +147,7 @@ def rad_chestct_id(text: str) -> str:
     """
     name = text.strip().removesuffix(".pt").removesuffix(".npz")
     if not _RAD_CHESTCT_ID.fullmatch(name):
-        raise ValueError(f"{text!r}; expected a scan id such as trn00001, val00001 or tst00001")
+        raise UserError(f"{text!r}; expected a scan id such as trn00001, val00001 or tst00001")
     return name
 
 
@@ -203,7 +204,7 @@ def merge_calcification(values_NC: np.ndarray, classes: Sequence[str]) -> tuple[
     """
     absent = [name for name in CALCIFICATION_CLASSES if name not in classes]
     if absent:
-        raise ValueError(f"no column {absent[0]!r} among {', '.join(classes)}; expected both calcification columns")
+        raise UserError(f"no column {absent[0]!r} among {', '.join(classes)}; expected both calcification columns")
     kept = [c for c, name in enumerate(classes) if name not in CALCIFICATION_CLASSES]
     merged = [classes.index(name) for name in CALCIFICATION_CLASSES]
     larger = values_NC[:, merged].max(1, keepdims=True)

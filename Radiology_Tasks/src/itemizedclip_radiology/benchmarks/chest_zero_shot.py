@@ -18,6 +18,7 @@ from rich.table import Table
 from itemizedclip.evaluation.classification import class_aucs
 from itemizedclip.evaluation.results import Protocol
 from itemizedclip.models.factory import LoadedModel
+from itemizedclip.runtime.errors import UserError
 from itemizedclip_radiology.benchmarks.benchmark import Benchmark
 from itemizedclip_radiology.benchmarks.operating_points import (
     MEANING,
@@ -56,7 +57,7 @@ class ChestZeroShotOptions(ZeroShotOptions):
         """
         vision = loaded.config["vision_cfg"]
         if vision.get("series_names", False):
-            raise ValueError(
+            raise UserError(
                 f"{self.resume}: its model reads series names of brain studies; give a checkpoint of train_ctrate.sh"
             )
         d, h, w = vision["volume_size"]
@@ -136,7 +137,7 @@ def chest_measures(
         by_finding[name] = measured
         curves.append(RocCurve(name, scores, labels, auc, corner_threshold(scores, labels)))
     if not by_finding:
-        raise ValueError(f"{title}: no finding has both volumes with and without it, so nothing can be measured")
+        raise UserError(f"{title}: no finding has both volumes with and without it, so nothing can be measured")
     scan_aucs = _scan_aucs(findings)
     metrics = _means(by_finding, scan_aucs, averages.sets)
     for name, measured in by_finding.items():

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip_radiology.benchmarks.benchmark import Benchmark, Protocol, assemble, visible_entries
 from itemizedclip_radiology.data.label_table import LabelTable, has_column, header_of, open_csv, read_label_csv
 from itemizedclip_radiology.data.studies import SeriesFile, Study
@@ -43,7 +44,7 @@ def rsna_id(text: str) -> str:
     """
     match = _RSNA_ID.fullmatch(text.strip())
     if not match:
-        raise ValueError(f"{text!r}; expected a study id such as ID_00aa11bb22 or RSNA_ID_00aa11bb22")
+        raise UserError(f"{text!r}; expected a study id such as ID_00aa11bb22 or RSNA_ID_00aa11bb22")
     return f"ID_{match[3].lower()}"
 
 
@@ -79,12 +80,12 @@ def read_study_list(paths: Sequence[str | Path]) -> list[str]:
                 try:
                     study = rsna_id(line)
                 except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from None
+                    raise UserError(f"{where}: {error}") from None
                 if study in ids:
-                    raise ValueError(f"{where}: {study!r} stands twice in {', '.join(map(str, paths))}")
+                    raise UserError(f"{where}: {study!r} stands twice in {', '.join(map(str, paths))}")
                 ids[study] = None
     if not ids:
-        raise ValueError(f"{', '.join(map(str, paths))}: no study id; expected one per line")
+        raise UserError(f"{', '.join(map(str, paths))}: no study id; expected one per line")
     return list(ids)
 
 
@@ -117,7 +118,7 @@ def open_rsna(
         row_of = {name: row for row, name in enumerate(table.ids)}
         unlabelled = [study for study in studies if study not in row_of]
         if unlabelled:
-            raise ValueError(
+            raise UserError(
                 f"{labels_csv}: no labels for {len(unlabelled):,} of {len(studies):,} listed studies, such as "
                 f"{unlabelled[0]}; give the label file of these studies"
             )
@@ -189,7 +190,7 @@ def cq500_id(text: str) -> str:
     """
     match = _CQ500_ID.fullmatch(text.strip())
     if not match:
-        raise ValueError(f"{text!r}; expected a study id such as CQ500CT007 or CQ500-CT-7")
+        raise UserError(f"{text!r}; expected a study id such as CQ500CT007 or CQ500-CT-7")
     return f"CQ500CT{int(match[1]):03d}"
 
 
@@ -267,7 +268,7 @@ def _folders_by_id(root: Path, normalise_id: Callable[[str], str]) -> dict[str, 
         ValueError: two folders of one study.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; expected the folder that holds the studies (--data-dir)")
+        raise MissingFileError(f"{root}: no such folder; expected the folder that holds the studies (--data-dir)")
     folders: dict[str, Path] = {}
     for entry in visible_entries(root):
         try:
@@ -275,7 +276,7 @@ def _folders_by_id(root: Path, normalise_id: Callable[[str], str]) -> dict[str, 
         except ValueError:
             continue
         if study in folders:
-            raise ValueError(f"{root}: {folders[study].name} and {entry.name} are the same study; remove one")
+            raise UserError(f"{root}: {folders[study].name} and {entry.name} are the same study; remove one")
         folders[study] = entry
     return folders
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip_radiology.benchmarks.benchmark import Benchmark, BrainReader, Protocol, assemble, visible_entries
 from itemizedclip_radiology.data.label_table import LabelTable, read_label_csv
 from itemizedclip_radiology.data.studies import SeriesFile, Study
@@ -57,7 +58,7 @@ def study_path(text: str) -> str:
             break
     parts = PurePosixPath(path).parts
     if not parts or ".." in parts or "\\" in path:
-        raise ValueError(f"{text!r}; expected a path such as /data/pub_brain_5/stroke/sub-0a1b2c3d")
+        raise UserError(f"{text!r}; expected a path such as /data/pub_brain_5/stroke/sub-0a1b2c3d")
     return "/".join(parts)
 
 
@@ -73,7 +74,7 @@ def read_labels(path: str | Path) -> LabelTable:
     wrong = np.flatnonzero((table.labels_NC.sum(1) != 1) | (table.labels_NC < 0).any(1))
     if len(wrong):
         row = int(wrong[0])
-        raise ValueError(
+        raise UserError(
             f"{path}: study {table.ids[row]!r}: labels {table.labels_NC[row].tolist()} for {', '.join(PROMPTS)}; "
             "expected exactly one 1"
         )
@@ -95,7 +96,7 @@ def find_data_folder(data_dir: Path, studies: list[str]) -> Path:
         folder = data_dir / prefix
         if any((folder / study).is_dir() for study in studies):
             return folder
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"{data_dir}: none of the {len(studies):,} listed studies ({studies[0]}, …) is in it, in pub_brain_5/ or in "
         "data/pub_brain_5/ below it; give the folder that holds pub_brain_5 (--data-dir)"
     )

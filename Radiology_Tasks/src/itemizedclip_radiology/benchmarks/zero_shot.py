@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -27,7 +26,6 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -35,15 +33,16 @@ from torch.utils.data import DataLoader, Dataset
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.evaluation.classification import ClassPrompts, ZeroShotClassifier, class_aucs
 from itemizedclip.evaluation.encoding import EncodingOptions
-from itemizedclip.evaluation.results import EvaluationReport, file_sha256, format_measure, write_results
+from itemizedclip.evaluation.results import EvaluationReport, format_measure, write_results
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.runtime.collectives import gather_objects
+from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
+from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.logs import progress_bar
 from itemizedclip.runtime.precision import Precision, resolve_precision
-from itemizedclip.runtime.processes import Ranks, launch, on_main
-from itemizedclip.training.engine import reported_errors
-from itemizedclip.training.options import DistributedSettings, RunOptions, RunSettings
+from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, on_main
 from itemizedclip_radiology.benchmarks.benchmark import Benchmark, Protocol
 from itemizedclip_radiology.data.volumes import Size
 from itemizedclip_radiology.models.text_tower import bert_config_of
@@ -52,8 +51,6 @@ logger = logging.getLogger(__name__)
 
 _SCORES_VERSION = 1
 """Part of the key of every scores file; to be raised when scores change for a reason the key does not show."""
-
-_LOG_EVERY_S = 60.0
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -113,7 +110,7 @@ class ZeroShotOptions(ABC):
     def __post_init__(self) -> None:
         for name, value, lowest in (("batch-size", self.batch_size, 1), ("workers", self.workers, 0)):
             if value < lowest:
-                raise ValueError(f"--{name} is {value}; expected at least {lowest}")
+                raise UserError(f"--{name} is {value}; expected at least {lowest}")
 
     @property
     def output_folder(self) -> Path:
@@ -174,7 +171,7 @@ def find_labels(given: Path | None, usual_names: Sequence[str], data_dir: Path) 
         if path.is_file():
             return path
     asked = " or ".join(map(str, names))
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"no label file {asked} here, in {folders[0]} or in {folders[1]}; give its path with --labels"
     )
 
@@ -244,7 +241,7 @@ class ScoreLog:
     def _parse(self, line: dict[str, Any]) -> StudyScores:
         scores = [float(line["scores"][name]) for name in self.classes]
         if not all(map(math.isfinite, scores)):
-            raise ValueError("scores that are not finite")
+            raise UserError("scores that are not finite")
         return StudyScores(str(line["study"]), list(line["series"]), list(line["skipped"]), scores)
 
     @contextmanager
@@ -366,7 +363,7 @@ def score_studies(
             features = model.encode_image(images, series_names=names)
         scores_BC = classifier.score(features).cpu()
         if not torch.isfinite(scores_BC).all():
-            raise ValueError("scores are not finite: check the weights (--resume) and use --precision fp32")
+            raise UserError("scores are not finite: check the weights (--resume) and use --precision fp32")
         scores |= {study.row: row_scores for study, row_scores in zip(group, scores_BC.tolist())}
     return scores
 
@@ -416,7 +413,8 @@ def score_benchmark(
     scores: dict[int, list[float]] = {}
     unusable: dict[int, str] = {}
     skipped: list[str] = []
-    with log.appending(ranks.rank) as writer, _progress(sum(map(len, own)), enabled=ranks.is_main) as advance:
+    with log.appending(ranks.rank) as writer, progress_bar("Scoring studies", enabled=ranks.is_main) as advance:
+        done, to_do = 0, sum(map(len, own))
         for batch in loader:
             for study in batch:
                 for message in [*study.skipped, *([study.error] if study.error else [])]:
@@ -431,7 +429,8 @@ def score_benchmark(
                 names = [file.name for file in entry.series]
                 writer.add(StudyScores(entry.study_id, names, study.skipped, new[study.row]))
             scores |= new
-            advance(len(batch))
+            done += len(batch)
+            advance(done, to_do)
     merged = Scored(dict(known), {}, [])
     for share in gather_objects(Scored(scores, unusable, skipped)):
         merged.scores |= share.scores
@@ -460,28 +459,6 @@ def _take_over(options: ZeroShotOptions, benchmark: Benchmark, log: ScoreLog) ->
     return known
 
 
-@contextmanager
-def _progress(total: int, *, enabled: bool) -> Iterator[Any]:
-    """A bar of this process's studies on a terminal, otherwise a line a minute; yields a function of studies done."""
-    console = Console(stderr=True)
-    columns = TextColumn("Scoring studies"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    started = last_said = perf_counter()
-    done = 0
-    with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
-        task = bar.add_task("", total=total)
-
-        def advance(count: int) -> None:
-            nonlocal done, last_said
-            done += count
-            bar.update(task, completed=done)
-            now = perf_counter()
-            if enabled and not console.is_terminal and now - last_said > _LOG_EVERY_S:
-                last_said = now
-                logger.info("%d of %d studies of this process, %.3g s each", done, total, (now - started) / done)
-
-        yield advance
-
-
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
@@ -491,8 +468,7 @@ def evaluate(options: ZeroShotOptions) -> dict[str, float]:
     Raises:
         CheckpointError, FileNotFoundError, ValueError, SetupError: each one sentence with its remedy.
     """
-    run = RunOptions(run=RunSettings(device=options.device), distributed=options.distributed)
-    with launch(run) as ranks:
+    with launch(options.device, options.distributed) as ranks:
         benchmark = on_main(lambda: _open(options))
         loaded = _load(options)
         _check_model(options, loaded)
@@ -507,17 +483,17 @@ def evaluate(options: ZeroShotOptions) -> dict[str, float]:
 
 def _open(options: ZeroShotOptions) -> Benchmark:
     if not options.data_dir.expanduser().is_dir():
-        raise FileNotFoundError(f"{options.data_dir}: no such folder; expected the benchmark's studies (--data-dir)")
+        raise MissingFileError(f"{options.data_dir}: no such folder; expected the benchmark's studies (--data-dir)")
     if not options.resume.exists():
-        raise FileNotFoundError(f"{options.resume}: no such checkpoint (--resume)")
+        raise MissingFileError(f"{options.resume}: no such checkpoint (--resume)")
     try:
         options.output_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{options.output_folder}: cannot be made ({error.strerror}); give another folder with --output"
         ) from None
     if not os.access(options.output_folder, os.W_OK):
-        raise ValueError(f"{options.output_folder}: cannot be written to; give another folder with --output")
+        raise UserError(f"{options.output_folder}: cannot be written to; give another folder with --output")
     benchmark = options.open()
     logger.info(benchmark.describe())
     return benchmark
@@ -532,9 +508,9 @@ def _load(options: ZeroShotOptions) -> LoadedModel:
 
 def _check_model(options: ZeroShotOptions, loaded: LoadedModel) -> None:
     if loaded.config["vision_cfg"].get("tower") != "hlip":
-        raise ValueError(f"{options.resume}: its model takes no studies; give one of train_mri, train_ct, train_ctrate")
+        raise UserError(f"{options.resume}: its model takes no studies; give one of train_mri, train_ct, train_ctrate")
     if _reads_names(loaded.model) and not options.use_serienames:
-        raise ValueError(f"{options.resume}: its model reads series names; drop --no-use-serienames")
+        raise UserError(f"{options.resume}: its model reads series names; drop --no-use-serienames")
 
 
 def _report(
@@ -614,7 +590,7 @@ def finding_measures(title: str, scores_NC: np.ndarray, labels_NC: np.ndarray, c
     aucs = class_aucs(torch.from_numpy(scores_NC), labels)
     known = {name: auc for name, auc in zip(classes, aucs) if auc is not None}
     if not known:
-        raise ValueError(f"{title}: no finding has both studies with and without it, so no AUC exists")
+        raise UserError(f"{title}: no finding has both studies with and without it, so no AUC exists")
     metrics = {"mean_auc": float(np.mean(list(known.values()))), **{f"auc/{name}": auc for name, auc in known.items()}}
     table = Table(title=f"{title}: {len(scores_NC):,} studies", title_justify="left")
     table.add_column("finding")

@@ -23,6 +23,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 
+from itemizedclip.runtime.errors import UserError
 from itemizedclip_radiology.benchmarks.benchmark import Benchmark
 from itemizedclip_radiology.benchmarks.pub_brain_5 import TASKS, open_pub_brain_5
 from itemizedclip_radiology.benchmarks.zero_shot import Measures, ZeroShotOptions, find_labels, parse_and_evaluate
@@ -51,7 +52,7 @@ class PubBrain5Options(ZeroShotOptions):
     def open(self) -> Benchmark:
         """Pub-Brain-5, or its subset with lesion annotation."""
         if any(self.data_dir.expanduser().glob("CQ500CT*")):
-            raise ValueError(f"{self.data_dir} holds CQ500 studies; they are evaluated by zero_shot_cq500.py")
+            raise UserError(f"{self.data_dir} holds CQ500 studies; they are evaluated by zero_shot_cq500.py")
         labels = find_labels(self.labels, ["pub_brain_5.csv"], self.data_dir)
         return open_pub_brain_5(labels, self.data_dir, protocol=self.protocol, allow_missing=self.allow_missing)
 
@@ -68,7 +69,7 @@ class PubBrain5Options(ZeroShotOptions):
             metrics |= {f"{task}/{name}": value for name, value in measured.items()}
             sizes[task] = int(rows.sum())
         if not metrics:
-            raise ValueError("no task has studies of all its classes, so nothing can be measured")
+            raise UserError("no task has studies of all its classes, so nothing can be measured")
         facts = {
             "studies_per_task": sizes,
             "undefined_tasks": [task for task in TASKS if f"{task}/auc" not in metrics],

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.items import is_normal_study, normalise_item, sample_items, sample_rng
+from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip_radiology.data.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, is_scan_name, parse_volume_name
 from itemizedclip_radiology.data.reports import StudyIndex, report_items
 from itemizedclip_radiology.data.studies import LoadedStudy, SkippedSeries, Study
@@ -75,14 +76,14 @@ def parse_input_info(words: Sequence[str]) -> tuple[HounsfieldWindow, FitMode]:
     """
     expected = "expected lower HU, upper HU and crop or resize, such as --input-info -1150 350 crop"
     if len(words) != 3:
-        raise ValueError(f"--input-info has {len(words)} values ({' '.join(words)}); {expected}")
+        raise UserError(f"--input-info has {len(words)} values ({' '.join(words)}); {expected}")
     fit = words[2]
     try:
         window = HounsfieldWindow(float(words[0]), float(words[1]))
     except ValueError as error:
-        raise ValueError(f"--input-info {' '.join(words)}: {error}; {expected}") from None
+        raise UserError(f"--input-info {' '.join(words)}: {error}; {expected}") from None
     if fit not in ("crop", "resize"):
-        raise ValueError(f"--input-info {' '.join(words)}: {fit!r}; {expected}")
+        raise UserError(f"--input-info {' '.join(words)}: {fit!r}; {expected}")
     return window, "crop" if fit == "crop" else "resize"
 
 
@@ -180,7 +181,7 @@ def load_chest_volume(
     path = Path(path)
     if cache is not None:
         if cache.window != options.window:
-            raise ValueError(f"the cache has {cache.window}, the input {options.window}; give both the same")
+            raise UserError(f"the cache has {cache.window}, the input {options.window}; give both the same")
         if not path.is_file():
             raise BadSampleError(f"{path}: no such file; expected a chest CT volume in HU")
         cached = cache.open(cache_name or Path(path.name), path, lambda: read_hu(path, options))
@@ -272,12 +273,12 @@ def find_ct_rate_root(data_root: str | Path | None = None) -> Path:
     """
     given = data_root or os.environ.get("DATA_ROOT")
     if not given:
-        raise ValueError("no CT-RATE folder given: set --data-root or DATA_ROOT to the folder of train/ and valid/")
+        raise UserError("no CT-RATE folder given: set --data-root or DATA_ROOT to the folder of train/ and valid/")
     root = Path(given).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder (--data-root, DATA_ROOT)")
+        raise MissingFileError(f"{root}: no such folder (--data-root, DATA_ROOT)")
     if not any((root / split).is_dir() for split in ("train", "valid")):
-        raise FileNotFoundError(f"{root}: holds neither train/ nor valid/; give CT-RATE's folder of .pt volumes")
+        raise MissingFileError(f"{root}: holds neither train/ nor valid/; give CT-RATE's folder of .pt volumes")
     return root
 
 
@@ -290,10 +291,10 @@ def find_items_json(items_json: str | Path | None = None) -> Path:
     """
     given = items_json or os.environ.get("ITEMS_JSON")
     if not given:
-        raise ValueError("no item file given: set --items-json or ITEMS_JSON to CT-RATE's itemized.json")
+        raise UserError("no item file given: set --items-json or ITEMS_JSON to CT-RATE's itemized.json")
     path = Path(given).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the items of each scan (--items-json, ITEMS_JSON)")
+        raise MissingFileError(f"{path}: no such file; expected the items of each scan (--items-json, ITEMS_JSON)")
     return path
 
 
@@ -337,10 +338,10 @@ class ChestCTDataset(Dataset[ItemSample]):
             BadSampleError: a JSON entry that cannot be used, with on_bad_sample="stop"; names scan and field.
         """
         if num_items < 1:
-            raise ValueError(f"num_items must be at least 1, got {num_items}")
+            raise UserError(f"num_items must be at least 1, got {num_items}")
         self.options = options or ChestInput()
         if cache is not None and cache.window != self.options.window:
-            raise ValueError(f"the cache has {cache.window}, the input {self.options.window}; give both the same")
+            raise UserError(f"the cache has {cache.window}, the input {self.options.window}; give both the same")
         self.data_root = Path(data_root).expanduser()
         self.is_train = is_train
         self.num_items = num_items
@@ -422,27 +423,27 @@ class ChestCTDataset(Dataset[ItemSample]):
 def _check_scan(scan: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Reconstructions (without the excluded ones) and lower-cased items of one scan."""
     if not is_scan_name(scan):
-        raise ValueError(f"key {scan!r}; expected a scan name such as train_12_b")
+        raise UserError(f"key {scan!r}; expected a scan name such as train_12_b")
     recons = entry.get("recons")
     if not isinstance(recons, list) or not all(isinstance(name, str) for name in recons):
         found = "nothing" if recons is None else repr(recons)[:60]
-        raise ValueError(f"field 'recons': expected a list of volume names, found {found}")
+        raise UserError(f"field 'recons': expected a list of volume names, found {found}")
     stems = []
     for name in recons:
         try:
             volume = parse_volume_name(name)
         except ValueError as error:
-            raise ValueError(f"field 'recons': {error}") from None
+            raise UserError(f"field 'recons': {error}") from None
         if volume.scan != scan:
-            raise ValueError(f"field 'recons': {name!r} is no reconstruction of this scan")
+            raise UserError(f"field 'recons': {name!r} is no reconstruction of this scan")
         if volume.stem not in EXCLUDED_RECONSTRUCTIONS:
             stems.append(volume.stem)
     if not stems:
-        raise ValueError(f"field 'recons': no reconstruction left of {recons}")
+        raise UserError(f"field 'recons': no reconstruction left of {recons}")
     if "report" not in entry:
-        raise ValueError("field 'report' is missing; expected a list of texts")
+        raise UserError("field 'report' is missing; expected a list of texts")
     try:
         items = report_items(entry["report"])
     except ValueError as error:
-        raise ValueError(f"field 'report': {error}") from None
+        raise UserError(f"field 'report': {error}") from None
     return {"recons": stems, "report": [normalise_item(item) for item in items]}

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from itemizedclip.runtime.errors import UserError
+
 _VOLUME = re.compile(r"(?P<split>train|valid)_(?P<patient>\d+)_(?P<scan>[a-z]+)_(?P<recon>\d+)(\.nii\.gz|\.nii|\.pt)?")
 _SCAN = re.compile(r"(train|valid)_\d+_[a-z]+")
 
@@ -50,7 +52,7 @@ def parse_volume_name(name: str) -> VolumeName:
     """
     match = _VOLUME.fullmatch(name.strip())
     if not match:
-        raise ValueError(f"{name!r}; expected a CT-RATE volume name such as valid_1_a_2.nii.gz")
+        raise UserError(f"{name!r}; expected a CT-RATE volume name such as valid_1_a_2.nii.gz")
     return VolumeName(match["split"], int(match["patient"]), match["scan"], int(match["recon"]))
 
 

@@ -8,9 +8,7 @@ Axes: N rows (studies or volumes), C classes.
 from __future__ import annotations
 
 import csv
-import os
 import re
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.files import written_whole
 
 if TYPE_CHECKING:
     from _csv import Reader
@@ -86,15 +87,16 @@ def open_csv(path: str | Path, *, holding: str) -> Iterator[Reader]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a CSV with {holding}")
+        raise MissingFileError(f"{path}: no such file; expected a CSV with {holding}")
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
+        # Strict: a quote that never closes would give one patient the findings of the next ones.
+        reader = csv.reader(file, strict=True)
         try:
             yield reader
         except UnicodeDecodeError:
-            raise ValueError(f"{path}: is no text in UTF-8; expected a CSV with {holding}: save it as UTF-8") from None
+            raise UserError(f"{path}: is no text in UTF-8; expected a CSV with {holding}: save it as UTF-8") from None
         except csv.Error as error:
-            raise ValueError(f"{path}: line {reader.line_num}: {error}; expected a CSV with {holding}") from None
+            raise UserError(f"{path}: line {reader.line_num}: {error}; expected a CSV with {holding}") from None
 
 
 def read_label_csv(
@@ -130,18 +132,18 @@ def read_label_csv(
                 continue
             where = f"{path}: line {reader.line_num}"
             if len(row) != len(header):
-                raise ValueError(f"{where}: {len(row)} values for {len(header)} columns; expected one per column")
+                raise UserError(f"{where}: {len(row)} values for {len(header)} columns; expected one per column")
             try:
                 name = normalise_id(row[id_at])
             except ValueError as error:
-                raise ValueError(f"{where}: column {header[id_at]!r}: {error}") from None
+                raise UserError(f"{where}: column {header[id_at]!r}: {error}") from None
             values = tuple(_value(where, header[at], row[at]) for at in class_at.values())
             if name in labels and not (rows_may_repeat and labels[name] == values):
                 detail = "with different labels; expected the same on all its rows" if rows_may_repeat else ""
-                raise ValueError(f"{where}: {name!r} stands twice {detail}; keep one row".replace(" ;", ";"))
+                raise UserError(f"{where}: {name!r} stands twice {detail}; keep one row".replace(" ;", ";"))
             labels[name] = values
     if not labels:
-        raise ValueError(f"{path}: no row below the header; expected one per study")
+        raise UserError(f"{path}: no row below the header; expected one per study")
     return LabelTable(path, list(labels), tuple(class_columns), np.array(list(labels.values()), dtype=np.int8))
 
 
@@ -165,33 +167,26 @@ def _find_column(path: Path, header: Sequence[str], names: Sequence[str]) -> int
     for name in names:
         found = [at for at, key in enumerate(keys) if key == column_key(name)]
         if len(found) > 1:
-            raise ValueError(f"{path}: {len(found)} columns are called {name!r}; keep one")
+            raise UserError(f"{path}: {len(found)} columns are called {name!r}; keep one")
         if found:
             return found[0]
     shown = ", ".join(header[:24]) + (", …" if len(header) > 24 else "")
-    raise ValueError(f"{path}: no column {' or '.join(map(repr, names))}; found {shown or 'an empty file'}")
+    raise UserError(f"{path}: no column {' or '.join(map(repr, names))}; found {shown or 'an empty file'}")
 
 
 def _value(where: str, column: str, text: str) -> int:
     value = _VALUES.get(text.strip())
     if value is None:
-        raise ValueError(f"{where}: column {column!r}: {text!r}; expected 0, 1 or -1 (not rated)")
+        raise UserError(f"{where}: column {column!r}: {text!r}; expected 0, 1 or -1 (not rated)")
     return value
 
 
 def write_label_csv(path: str | Path, table: LabelTable, *, id_column: str) -> None:
     """Write a table as id_column, class, class, …; the file appears whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([id_column, *table.classes])
-            writer.writerows([name, *row] for name, row in zip(table.ids, table.labels_NC.tolist()))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path, text=True) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([id_column, *table.classes])
+        writer.writerows([name, *row] for name, row in zip(table.ids, table.labels_NC.tolist()))
 
 
 def count_differences(table: LabelTable, *, rows: int, positives: Mapping[str, int]) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from itemizedclip.data.batch import BadSampleError
-from itemizedclip.data.items import read_json
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import read_json
 from itemizedclip_radiology.data.label_table import open_csv
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,9 @@ def report_items(report: object) -> list[str]:
     elif isinstance(report, list) and all(isinstance(item, str) for item in report):
         items = [item.strip() for item in report if item.strip()]
     else:
-        raise ValueError(f"expected {expected}, found {json.dumps(report)[:60]}")
+        raise UserError(f"expected {expected}, found {json.dumps(report)[:60]}")
     if not items:
-        raise ValueError(f"expected {expected} with at least one item, found {json.dumps(report)[:60]}")
+        raise UserError(f"expected {expected} with at least one item, found {json.dumps(report)[:60]}")
     return items
 
 
@@ -74,13 +75,13 @@ def read_report_table(path: str | Path) -> dict[str, list[str]]:
             if not row:
                 continue
             if len(row) != 2:
-                raise ValueError(f"{where}: {len(row)} columns; expected 2, study and numbered report text")
+                raise UserError(f"{where}: {len(row)} columns; expected 2, study and numbered report text")
             if row[0] in reports:
-                raise ValueError(f"{where}: study {row[0]!r} stands twice; keep one of the rows")
+                raise UserError(f"{where}: study {row[0]!r} stands twice; keep one of the rows")
             try:
                 reports[row[0]] = report_items(row[1])
             except ValueError as error:
-                raise ValueError(f"{where}: study {row[0]!r}: {error}") from None
+                raise UserError(f"{where}: study {row[0]!r}: {error}") from None
     return reports
 
 
@@ -120,7 +121,7 @@ class StudyIndex:
         self.path = Path(path)
         entries = read_json(path, holding='studies {"STUDY": {…, "report": […]}, …}')
         if not isinstance(entries, dict):
-            raise ValueError(f'{path}: expected an object {{"STUDY": {{…}}, …}}, found a {type(entries).__name__}')
+            raise UserError(f'{path}: expected an object {{"STUDY": {{…}}, …}}, found a {type(entries).__name__}')
         wanted = None if studies is None else set(studies)
         self.skipped: list[str] = []
         kept: list[bytes] = []
@@ -129,7 +130,7 @@ class StudyIndex:
                 continue
             try:
                 if not isinstance(entry, dict):
-                    raise ValueError(f"expected an object, found {json.dumps(entry)[:60]}")
+                    raise UserError(f"expected an object, found {json.dumps(entry)[:60]}")
                 checked = check_entry(study, entry)
             except ValueError as error:
                 message = f"{path}: study {study!r}: {error}"
@@ -140,7 +141,7 @@ class StudyIndex:
             kept.append(json.dumps({"study": study, **checked}, ensure_ascii=False).encode())
         if not kept:
             reason = f"; the first of {len(self.skipped)} skipped: {self.skipped[0]}" if self.skipped else ""
-            raise ValueError(f"{path}: no usable study{reason}")
+            raise UserError(f"{path}: no usable study{reason}")
         if self.skipped:
             listed = "\n  ".join(self.skipped[:_MAX_LISTED])
             logger.warning("%s: %d studies left out:\n  %s", path, len(self.skipped), listed)
@@ -166,5 +167,5 @@ def check_names(names: Sequence[object], field: str) -> list[str]:
     """
     for name in names:
         if not isinstance(name, str) or not name or name in (".", "..") or set(name) & {"/", "\\", "\0"}:
-            raise ValueError(f"field {field!r}: {name!r}; expected plain names without / or \\")
+            raise UserError(f"field {field!r}: {name!r}; expected plain names without / or \\")
     return [str(name) for name in names]

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from itemizedclip.data.batch import ItemSample
 from itemizedclip.data.items import is_normal_study, sample_items, sample_rng
+from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip_radiology.data.reports import StudyIndex, check_names, report_items
 from itemizedclip_radiology.data.studies import LoadedStudy, SeriesFile, SkippedSeries, load_study
 from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size
@@ -66,20 +67,20 @@ def find_study_files(
     """
     data = data_root or os.environ.get("DATA_ROOT")
     if not data:
-        raise ValueError("no study folder given: set --data-root or DATA_ROOT to the folder of STUDY/SERIES/img.pt")
+        raise UserError("no study folder given: set --data-root or DATA_ROOT to the folder of STUDY/SERIES/img.pt")
     data_folder = Path(data).expanduser()
     json_folder = Path(json_root or os.environ.get("JSON_ROOT") or data_folder).expanduser()
     for folder, flag in ((data_folder, "--data-root, DATA_ROOT"), (json_folder, "--json-root, JSON_ROOT")):
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder ({flag})")
+            raise MissingFileError(f"{folder}: no such folder ({flag})")
     train_json = json_folder / "train.json"
     valid_jsons = [path for path in (json_folder / "valid.json", json_folder / "val.json") if path.is_file()]
     if not train_json.is_file():
-        raise FileNotFoundError(f"{train_json}: no such file; expected the index of the training studies (--json-root)")
+        raise MissingFileError(f"{train_json}: no such file; expected the index of the training studies (--json-root)")
     if not valid_jsons:
-        raise FileNotFoundError(f"{json_folder}: neither valid.json nor val.json; expected the validation studies")
+        raise MissingFileError(f"{json_folder}: neither valid.json nor val.json; expected the validation studies")
     if len(valid_jsons) == 2 and not is_ct:
-        raise ValueError(
+        raise UserError(
             f"{json_folder}: holds valid.json and val.json; remove or rename the one not meant, or take val.json with "
             "--is-ct"
         )
@@ -102,7 +103,7 @@ def find_study_folder(data_root: Path, split: str, studies: Sequence[str]) -> Pa
     for folder in candidates:
         if any((folder / study).is_dir() for study in studies):
             return folder
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"none of {len(studies)} studies of {split}.json ({studies[0]}, …) is a folder in "
         f"{' or '.join(map(str, candidates))}; give the folder that holds STUDY/SERIES/{VOLUME_FILE}"
     )
@@ -171,7 +172,7 @@ class StudyDataset(Dataset[ItemSample]):
         """
         for name, value in (("num_items", num_items), ("num_series", num_series)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
         self.is_train = is_train
         self.num_items = num_items
         self.num_series = num_series
@@ -289,16 +290,16 @@ class _EntryCheck:
         series = entry.get("series")
         if not isinstance(series, dict) or not series:
             found = "nothing" if series is None else repr(series)[:60]
-            raise ValueError(f"field 'series': expected an object with at least one series name, found {found}")
+            raise UserError(f"field 'series': expected an object with at least one series name, found {found}")
         if study in self.reports:
             items = list(self.reports[study])
         elif "report" not in entry:
-            raise ValueError("field 'report' is missing; expected a list of texts")
+            raise UserError("field 'report' is missing; expected a list of texts")
         else:
             try:
                 items = report_items(entry["report"])
             except ValueError as error:
-                raise ValueError(f"field 'report': {error}") from None
+                raise UserError(f"field 'report': {error}") from None
         names = check_names(list(series), "series")
         self.series_counts.append(len(names))
         return {"series": names, "report": items}

@@ -22,8 +22,6 @@ Axes: D H W voxels.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import replacing
 from itemizedclip_radiology.data.volumes import HounsfieldWindow, overlap
 
 CacheType = Literal["uint8", "float16"]
@@ -119,7 +119,7 @@ class VolumeCache:
             crop_to_body: store only the box around the body.
         """
         if dtype not in ("uint8", "float16"):
-            raise ValueError(f"cache type {dtype!r}; expected uint8 or float16")
+            raise UserError(f"cache type {dtype!r}; expected uint8 or float16")
         self.window = window
         self.dtype = dtype
         self.crop_to_body = crop_to_body
@@ -172,11 +172,6 @@ class VolumeCache:
         stored = windowed[inside]
         stored = stored.mul(255).round().to(torch.uint8) if self.dtype == "uint8" else stored.half()
         header = {"shape": shape, "start": start, "size": size, "outside": outside, **stamp}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            save_file({_KEY: stored.contiguous()}, temporary, metadata={"header": json.dumps(header)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as part:
+            save_file({_KEY: stored.contiguous()}, part, metadata={"header": json.dumps(header)})
         return header

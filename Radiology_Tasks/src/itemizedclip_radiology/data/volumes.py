@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.runtime.errors import UserError
 
 Size = tuple[int, int, int]
 """Voxels (D, H, W)."""
@@ -317,7 +318,7 @@ class HounsfieldWindow:
 
     def __post_init__(self) -> None:
         if not self.hu_min < self.hu_max:
-            raise ValueError(f"window from {self.hu_min:g} to {self.hu_max:g} HU; expected the lower limit first")
+            raise UserError(f"window from {self.hu_min:g} to {self.hu_max:g} HU; expected the lower limit first")
 
     def apply(self, volume_hu: Tensor) -> Tensor:
         """float32 in 0…1."""

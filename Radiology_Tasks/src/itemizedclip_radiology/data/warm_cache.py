@@ -20,10 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.preflight import PreflightError
-from itemizedclip.evaluation.results import progress_bar
+from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
 from itemizedclip.runtime.flags import read_flags
-from itemizedclip.training.engine import reported_errors
-from itemizedclip.training.tracking import logging_to_console
+from itemizedclip.runtime.logs import logging_to_console, progress_bar
 from itemizedclip_radiology.benchmarks.chest_ct import rad_chestct_id
 from itemizedclip_radiology.data.chest import ChestInput, ChestSettings, read_hu
 from itemizedclip_radiology.data.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, parse_volume_name
@@ -46,9 +45,9 @@ class WarmCacheOptions(ChestSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cache_dir is None:
-            raise ValueError("no cache folder given: set --cache-dir")
+            raise UserError("no cache folder given: set --cache-dir")
         if self.workers < 0:
-            raise ValueError(f"--workers is {self.workers}; expected at least 0")
+            raise UserError(f"--workers is {self.workers}; expected at least 0")
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,10 @@ def build_cache(options: WarmCacheOptions) -> int:
     """
     root = options.data_root.expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; expected chest CT volumes (--data-root)")
+        raise MissingFileError(f"{root}: no such folder; expected chest CT volumes (--data-root)")
     names = volume_names(root)
     if not names:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{root}: no volume below it; expected valid/valid_1/valid_1_a/valid_1_a_1.pt, … (CT-RATE) or "
             "<id>/<id>.pt or <id>.pt (Rad-ChestCT)"
         )

@@ -38,6 +38,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from itemizedclip.runtime.errors import UserError
 from itemizedclip_radiology.models.series_names import NAME_LENGTH, SeriesNameEncoder
 
 SCOPES = ("slice", "series", "study")
@@ -74,18 +75,18 @@ class HLIPConfig:
         for name in ("volume_size", "patch_size"):
             value = getattr(self, name)
             if len(value) != 3 or not all(isinstance(n, int) and n > 0 for n in value):
-                raise ValueError(f"{name} must be three positive voxel counts (D, H, W), got {value}")
+                raise UserError(f"{name} must be three positive voxel counts (D, H, W), got {value}")
         if any(n % p for n, p in zip(self.volume_size, self.patch_size)):
-            raise ValueError(f"volume_size {self.volume_size} is not a multiple of patch_size {self.patch_size}")
+            raise UserError(f"volume_size {self.volume_size} is not a multiple of patch_size {self.patch_size}")
         unknown = sorted(set(self.block_scopes) - set(SCOPES))
         if unknown or not self.block_scopes:
-            raise ValueError(f"block_scopes must name one of {', '.join(SCOPES)} per block, got {unknown or 'none'}")
+            raise UserError(f"block_scopes must name one of {', '.join(SCOPES)} per block, got {unknown or 'none'}")
         if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
+            raise UserError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
         if self.width % 6:
-            raise ValueError(f"width {self.width} is not divisible by 6, as the 3-D sine/cosine position table needs")
+            raise UserError(f"width {self.width} is not divisible by 6, as the 3-D sine/cosine position table needs")
         if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must lie in [0, 1), got {self.drop_path_rate}")
+            raise UserError(f"drop_path_rate must lie in [0, 1), got {self.drop_path_rate}")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> HLIPConfig:
@@ -93,7 +94,7 @@ class HLIPConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(options) - known)
         if unknown:
-            raise ValueError(f"vision_cfg has unknown keys {unknown}; HLIP knows {sorted(known)}")
+            raise UserError(f"vision_cfg has unknown keys {unknown}; HLIP knows {sorted(known)}")
         return cls(**options)
 
     @property
@@ -255,21 +256,21 @@ class HLIP(nn.Module):
         """The grid (d, h, w) of these volumes, or ValueError."""
         shape = tuple(volumes.shape)
         if volumes.dim() != 6 or shape[2] != 1 or shape[1] < 1:
-            raise ValueError(f"volumes must be (B, S, 1, D, H, W), one channel and at least one series, got {shape}")
+            raise UserError(f"volumes must be (B, S, 1, D, H, W), one channel and at least one series, got {shape}")
         patch_size = self.config.patch_size
         if any(n < p or n % p for n, p in zip(shape[3:], patch_size)):
-            raise ValueError(
+            raise UserError(
                 f"volumes of {'×'.join(map(str, shape[3:]))} voxels do not divide into patches of "
                 f"{'×'.join(map(str, patch_size))}: crop or pad each axis to a multiple"
             )
         if self.serienameencoder is None and series_names is not None:
-            raise ValueError("this model takes no series names (vision_cfg.series_names is false): pass None")
+            raise UserError("this model takes no series names (vision_cfg.series_names is false): pass None")
         if self.serienameencoder is not None:
             expected = (*shape[:2], NAME_LENGTH)
             if series_names is None:
-                raise ValueError(f"this model is conditioned on series names: pass series_names, int64 {expected}")
+                raise UserError(f"this model is conditioned on series names: pass series_names, int64 {expected}")
             if tuple(series_names.shape) != expected:
                 got = tuple(series_names.shape)
-                raise ValueError(f"series_names must be (B, S, {NAME_LENGTH}) = {expected}, got {got}")
+                raise UserError(f"series_names must be (B, S, {NAME_LENGTH}) = {expected}, got {got}")
         d, h, w = (n // p for n, p in zip(shape[3:], patch_size))
         return d, h, w

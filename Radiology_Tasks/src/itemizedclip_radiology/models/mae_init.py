@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip_radiology.models.hlip import HLIP, sincos_table_1d
 from itemizedclip_radiology.models.weight_files import LoadReport, local_folder, read_state_dict
 
@@ -52,7 +53,7 @@ def mae_weights_file(source: str | Path) -> Path:
     folder = local_folder(source, _HUB_FILES, flag="--image-weights")
     found = [folder / name for name in _HUB_FILES if (folder / name).is_file()]
     if not found:
-        raise FileNotFoundError(f"{folder}: holds neither {' nor '.join(_HUB_FILES)}: give the weights file itself")
+        raise MissingFileError(f"{folder}: holds neither {' nor '.join(_HUB_FILES)}: give the weights file itself")
     return found[0]
 
 
@@ -79,12 +80,12 @@ def load_mae_weights(trunk: HLIP, source: str | Path = HUB_NAME) -> LoadReport:
     tensors = read_state_dict(path)
     own = trunk.state_dict()
     if "cls_token" not in tensors or "patch_embed.proj.weight" not in tensors or "pos_embed" not in tensors:
-        raise ValueError(f"{path}: not a ViT in MAE's naming (lacks cls_token, pos_embed or patch_embed.proj.weight)")
+        raise UserError(f"{path}: not a ViT in MAE's naming (lacks cls_token, pos_embed or patch_embed.proj.weight)")
     report = LoadReport(source=str(path))
     new: dict[str, Tensor] = {}
     table = tensors["pos_embed"].float()
     if table.shape[-1] != own["cls_token"].shape[-1]:
-        raise ValueError(f"{path}: width {table.shape[-1]}, the trunk has width {own['cls_token'].shape[-1]}")
+        raise UserError(f"{path}: width {table.shape[-1]}, the trunk has width {own['cls_token'].shape[-1]}")
     has_class_row = int(table.shape[1] ** 0.5) ** 2 != table.shape[1]
     for key, tensor in tensors.items():
         if key == "pos_embed":
@@ -103,6 +104,6 @@ def load_mae_weights(trunk: HLIP, source: str | Path = HUB_NAME) -> LoadReport:
     lacking = [name for name in report.untouched if not name.startswith(("serienameencoder.", "sne_proj."))]
     misshapen = [f"{n} {tuple(t.shape)} for {tuple(own[n].shape)}" for n, t in new.items() if t.shape != own[n].shape]
     if lacking or misshapen:
-        raise ValueError(f"{path}: does not fit this trunk: lacks {lacking[:3]}, of another shape {misshapen[:3]}")
+        raise UserError(f"{path}: does not fit this trunk: lacks {lacking[:3]}, of another shape {misshapen[:3]}")
     trunk.load_state_dict(new, strict=False)
     return report

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
+from itemizedclip.runtime.errors import UserError
 from itemizedclip_radiology.models.hlip import HLIP, HLIPConfig, StudyTokens, resample_position_table
 from itemizedclip_radiology.models.mae_init import load_mae_weights
 from itemizedclip_radiology.models.series_names import load_series_name_weights
@@ -70,7 +71,7 @@ class RadiologyItemizedCLIP(DualEncoder):
         embed_dim = config["embed_dim"]
         tower = config["text_cfg"].get("tower", "bert")
         if tower != "bert":
-            raise ValueError(f"text_cfg.tower is {tower!r}; the radiology model has a 'bert' text tower")
+            raise UserError(f"text_cfg.tower is {tower!r}; the radiology model has a 'bert' text tower")
         self.visual = VisualTower(config["vision_cfg"], embed_dim)
         self.text = BertTextTower(config["text_cfg"], embed_dim)
         self.visual_attn = ItemAttention(embed_dim, config.get("head_heads", 8))
@@ -168,7 +169,7 @@ def load_initial_weights(
         reports.append(load_mae_weights(trunk, image_weights))
     if series_name_weights is not None:
         if trunk.serienameencoder is None:
-            raise ValueError("series-name weights given, but this model takes no series names: leave them out")
+            raise UserError("series-name weights given, but this model takes no series names: leave them out")
         reports.append(load_series_name_weights(trunk.serienameencoder, series_name_weights))
     if text_model is not None:
         reports.append(load_bert_weights(model.text, text_model))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from itemizedclip.runtime.errors import UserError
 from itemizedclip_radiology.models.weight_files import LoadReport, assign_parameters, find_prefix, read_state_dict
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz_+-0123456789.*(),"
@@ -61,7 +62,7 @@ def encode_series_names(names: Sequence[str]) -> Tensor:
     if isinstance(names, str):
         raise TypeError(f"expected a sequence of series names, got the single string {names!r}: put it in a list")
     if not names:
-        raise ValueError("expected at least one series name, got none")
+        raise UserError("expected at least one series name, got none")
     return torch.stack([encode_series_name(name) for name in names])
 
 
@@ -73,9 +74,9 @@ def check_name_codes(names_NP: Tensor) -> None:
     """
     remedy = "encode names with itemizedclip_radiology.models.series_names.encode_series_names"
     if names_NP.dtype != torch.int64:
-        raise ValueError(f"series names must be int64 character codes, got {names_NP.dtype}: {remedy}")
+        raise UserError(f"series names must be int64 character codes, got {names_NP.dtype}: {remedy}")
     if names_NP.numel() and not 0 <= int(names_NP.min()) <= int(names_NP.max()) < NUM_CODES:
-        raise ValueError(f"series name codes must lie in 0 … {NUM_CODES - 1}: {remedy}")
+        raise UserError(f"series name codes must lie in 0 … {NUM_CODES - 1}: {remedy}")
     is_terminator = names_NP == TERMINATOR
     # Characters before the terminator and padding after it: exactly the positions up to the terminator are non-zero.
     ends_once = is_terminator.sum(-1) == 1
@@ -83,7 +84,7 @@ def check_name_codes(names_NP: Tensor) -> None:
     well_formed = ends_once & ((names_NP != PAD) == up_to_end).all(-1)
     if not bool(well_formed.all()):
         row = int((~well_formed).nonzero()[0, 0])
-        raise ValueError(
+        raise UserError(
             f"series name {row} has no single terminator {TERMINATOR} followed by zeros "
             f"(codes {names_NP[row].tolist()[:12]} …): {remedy}"
         )
@@ -185,7 +186,7 @@ class SeriesNameEncoder(nn.Module):
         """
         P = names.shape[-1]
         if len(self.position_code) < P:
-            raise ValueError(f"series names have {P} positions, the encoder knows {len(self.position_code)}")
+            raise UserError(f"series names have {P} positions, the encoder knows {len(self.position_code)}")
         distinct_NP, row_of_name = torch.unique(names.reshape(-1, P), dim=0, return_inverse=True)
         check_name_codes(distinct_NP)
         lengths = (distinct_NP != PAD).sum(-1)
@@ -215,7 +216,7 @@ def load_series_name_weights(encoder: SeriesNameEncoder, path: str | Path) -> Lo
     state = read_state_dict(path)
     prefix = find_prefix(state, "embed.weight", beside="transformer.layers.0.0.fn.to_qkv.weight")
     if prefix is None:
-        raise ValueError(
+        raise UserError(
             f"{path}: holds no series-name encoder (no key ending in embed.weight beside one ending in "
             "transformer.layers.0.0.fn.to_qkv.weight): give a file with its weights, or a released checkpoint for MRI "
             "or head CT"

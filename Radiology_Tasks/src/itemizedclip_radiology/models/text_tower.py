@@ -9,7 +9,6 @@ which is not needed: its encoder weights load into the plain model below, the he
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.files import read_json
 from itemizedclip_radiology.models.weight_files import (
     LoadReport,
     assign_parameters,
@@ -74,7 +75,7 @@ class BertTextTokenizer:
     def __init__(self, backend: Tokenizer, context_length: int) -> None:
         ids = [backend.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")]
         if ids[0] != self.pad_id or None in ids:
-            raise ValueError(f"not a BERT vocabulary: [PAD], [CLS], [SEP] have ids {ids}, expected 0 and two others")
+            raise UserError(f"not a BERT vocabulary: [PAD], [CLS], [SEP] have ids {ids}, expected 0 and two others")
         self.context_length = context_length
         self._backend = backend
         self._backend.enable_truncation(max_length=context_length)
@@ -117,7 +118,7 @@ def load_bert_tokenizer(source: str | Path, context_length: int) -> BertTextToke
         folder = local_folder(source, TOKENIZER_FILES, flag=_FLAG)
         found = [folder / name for name in TOKENIZER_FILES[:2] if (folder / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"{folder}: holds neither vocab.txt nor tokenizer.json: bring one of them there")
+            raise MissingFileError(f"{folder}: holds neither vocab.txt nor tokenizer.json: bring one of them there")
         path = found[0]
     try:
         if path.suffix == ".json":
@@ -131,7 +132,7 @@ def load_bert_tokenizer(source: str | Path, context_length: int) -> BertTextToke
     except FileNotFoundError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{path}: not a BERT tokenizer file ({error})") from error
+        raise UserError(f"{path}: not a BERT tokenizer file ({error})") from error
 
 
 def create_bert_tokenizer(text_cfg: Mapping[str, Any]) -> BertTextTokenizer:
@@ -143,11 +144,11 @@ def create_bert_tokenizer(text_cfg: Mapping[str, Any]) -> BertTextTokenizer:
     elif source is not None:
         tokenizer = load_bert_tokenizer(source, context_length)
     else:
-        raise ValueError("text_cfg names no tokenizer: set tokenizer, text_model or tokenizer_json")
+        raise UserError("text_cfg names no tokenizer: set tokenizer, text_model or tokenizer_json")
     shape = text_cfg["hf_config"]
     rows = shape["vocab_size"] if isinstance(shape, Mapping) else bert_config_of(shape)["vocab_size"]
     if tokenizer.vocab_size > rows:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the text tower embeds {rows}: "
             "use the tokenizer and the BERT of the same folder"
         )
@@ -160,12 +161,9 @@ def create_bert_tokenizer(text_cfg: Mapping[str, Any]) -> BertTextTokenizer:
 def _read_json(path: Path, *, missing: dict | None = None) -> dict[str, Any]:
     if missing is not None and not path.is_file():
         return missing
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
+    content = read_json(path, holding="part of a BERT model")
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
@@ -176,7 +174,7 @@ def bert_config_of(source: str | Path) -> dict[str, Any]:
         path = local_folder(source, HUB_FILES, flag=_FLAG) / "config.json"
     content = _read_json(path)
     if "hidden_size" not in content or "vocab_size" not in content:
-        raise ValueError(f"{path}: not the config.json of a BERT (no hidden_size or vocab_size)")
+        raise UserError(f"{path}: not the config.json of a BERT (no hidden_size or vocab_size)")
     return {key: content[key] for key in HF_CONFIG_KEYS if key in content}
 
 
@@ -212,17 +210,17 @@ class BertTextTower(nn.Module):
         super().__init__()
         unknown = sorted(set(text_cfg) - set(TEXT_CFG_KEYS))
         if unknown:
-            raise ValueError(f"text_cfg has unknown keys {unknown}; the BERT tower knows {sorted(TEXT_CFG_KEYS)}")
+            raise UserError(f"text_cfg has unknown keys {unknown}; the BERT tower knows {sorted(TEXT_CFG_KEYS)}")
         shape = text_cfg["hf_config"]
         if isinstance(shape, (str, Path)):
             shape = bert_config_of(shape)
         unknown = sorted(set(shape) - set(HF_CONFIG_KEYS))
         if unknown:
-            raise ValueError(f"text_cfg.hf_config has unknown keys {unknown}; known: {sorted(HF_CONFIG_KEYS)}")
+            raise UserError(f"text_cfg.hf_config has unknown keys {unknown}; known: {sorted(HF_CONFIG_KEYS)}")
         hf_config = BertConfig(**shape, use_cache=False)
         self.context_length: int = text_cfg["context_length"]
         if self.context_length > hf_config.max_position_embeddings:
-            raise ValueError(
+            raise UserError(
                 f"text_cfg.context_length is {self.context_length}, this BERT has positions for "
                 f"{hf_config.max_position_embeddings} tokens: lower it"
             )
@@ -259,7 +257,7 @@ class BertTextTower(nn.Module):
             ValueError: another shape or dtype, or more columns than the context length.
         """
         if tokens_NC.dim() != 2 or tokens_NC.dtype != torch.int64 or tokens_NC.shape[1] > self.context_length:
-            raise ValueError(
+            raise UserError(
                 f"text tokens must be int64 (N, C) with C ≤ {self.context_length}, "
                 f"got {tokens_NC.dtype} {tuple(tokens_NC.shape)}"
             )
@@ -273,7 +271,7 @@ def _bert_names(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, T
     anchor = "embeddings.word_embeddings.weight"
     prefix = find_prefix(tensors, anchor, beside="embeddings.position_embeddings.weight")
     if prefix is None:
-        raise ValueError(f"{source}: holds no BERT (no key ending in {anchor}): give the weights of a BERT encoder")
+        raise UserError(f"{source}: holds no BERT (no key ending in {anchor}): give the weights of a BERT encoder")
     renamed, key_of = {}, {}
     for key, tensor in tensors.items():
         name = key[len(prefix) :] if key.startswith(prefix) else key
@@ -298,7 +296,7 @@ def load_bert_weights(tower: BertTextTower, source: str | Path) -> LoadReport:
         folder = local_folder(source, HUB_FILES, flag=_FLAG)
         found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"{folder}: holds neither {' nor '.join(WEIGHT_FILES)}: bring one of them there")
+            raise MissingFileError(f"{folder}: holds neither {' nor '.join(WEIGHT_FILES)}: bring one of them there")
         path = found[0]
     renamed, key_of = _bert_names(read_state_dict(path), str(path))
     leftover = assign_parameters(tower.transformer, renamed, source=str(path))

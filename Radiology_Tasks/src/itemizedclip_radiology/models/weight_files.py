@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from itemizedclip.models.factory import read_checkpoint
+from itemizedclip.runtime.errors import MissingFileError, UserError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -52,7 +53,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         content = content["model"]
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"{path}: expected named tensors, found none (keys {list(content)[:4]}): give a state dict")
+        raise UserError(f"{path}: expected named tensors, found none (keys {list(content)[:4]}): give a state dict")
     return tensors
 
 
@@ -72,10 +73,10 @@ def assign_parameters(module: nn.Module, tensors: Mapping[str, Tensor], *, sourc
     own = module.state_dict()
     missing = [name for name in own if name not in tensors]
     if missing:
-        raise ValueError(f"{source}: lacks {len(missing)} of {len(own)} weights, first {', '.join(missing[:3])}")
+        raise UserError(f"{source}: lacks {len(missing)} of {len(own)} weights, first {', '.join(missing[:3])}")
     for name, value in own.items():
         if value.shape != tensors[name].shape:
-            raise ValueError(
+            raise UserError(
                 f"{source}: {name} has shape {tuple(tensors[name].shape)}, the model expects {tuple(value.shape)}"
             )
     module.load_state_dict({name: tensors[name] for name in own})
@@ -98,14 +99,14 @@ def local_folder(source: str | Path, patterns: Sequence[str], *, flag: str) -> P
         return folder
     files = ", ".join(patterns)
     if not _HUB_NAME.fullmatch(str(source)):
-        raise FileNotFoundError(f"{source}: no such folder; {flag} takes a folder with {files}, or a hub name")
+        raise MissingFileError(f"{source}: no such folder; {flag} takes a folder with {files}, or a hub name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
     except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{source}: not a local folder, not in the hub cache, not downloadable ({type(error).__name__}: offline, "
             f"HF_HUB_OFFLINE set, or no such repository). On a machine with network fetch those of {files} that exist "
             f"from https://huggingface.co/{source}, bring them here in one folder and pass {flag} FOLDER"

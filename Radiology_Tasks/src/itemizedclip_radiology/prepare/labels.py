@@ -17,9 +17,7 @@ Axes: N rows, C classes.
 from __future__ import annotations
 
 import csv
-import os
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +28,8 @@ import numpy as np
 import pandas as pd
 import tyro
 
+from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.files import written_whole
 from itemizedclip_radiology.benchmarks.chest_ct import (
     CT_RATE_COLUMNS,
     CT_RATE_VALID_POSITIVES,
@@ -65,9 +65,9 @@ def build_rsna(labels_csv: Path, images_csv: Path, *, allow_unknown_images: bool
     study_of_image = _image_table(images_csv)
     unknown = [image for image in labels_of_image if image not in study_of_image]
     if len(unknown) == len(labels_of_image):
-        raise ValueError(f"{images_csv}: lists none of the {len(labels_of_image):,} images of {labels_csv}")
+        raise UserError(f"{images_csv}: lists none of the {len(labels_of_image):,} images of {labels_csv}")
     if unknown and not allow_unknown_images:
-        raise ValueError(
+        raise UserError(
             f"{images_csv}: no study for {len(unknown):,} of {len(labels_of_image):,} images of {labels_csv}, such as "
             f"{unknown[0]}; complete the table, or leave these images out with --allow-unknown-images"
         )
@@ -89,23 +89,23 @@ def _slice_labels(labels_csv: Path) -> dict[str, bytearray]:
     with open_csv(labels_csv, holding="RSNA's slice labels (stage_2_train.csv)") as reader:
         header = next(reader, [])
         if [name.strip() for name in header] != ["ID", "Label"]:
-            raise ValueError(f"{labels_csv}: columns {', '.join(header) or 'none'}; expected ID, Label")
+            raise UserError(f"{labels_csv}: columns {', '.join(header) or 'none'}; expected ID, Label")
         for row in reader:
             image, _, kind = row[0].rpartition("_") if len(row) == 2 else ("", "", "")
             column, value = column_of_type.get(kind), value_of.get(row[-1]) if row else None
             if column is None or value is None or not image.startswith("ID_"):
-                raise ValueError(
+                raise UserError(
                     f"{labels_csv}: line {reader.line_num}: {','.join(row)}; expected ID_<image>_<type>,0 or 1 with a "
                     f"type of {', '.join(column_of_type)}"
                 )
             labels = images.setdefault(image, bytearray([unset] * len(RSNA_COLUMNS)))
             if labels[column] not in (unset, value):
-                raise ValueError(f"{labels_csv}: line {reader.line_num}: {image}, {kind}: has rows with 0 and with 1")
+                raise UserError(f"{labels_csv}: line {reader.line_num}: {image}, {kind}: has rows with 0 and with 1")
             labels[column] = value
     incomplete = [image for image, labels in images.items() if unset in labels]
     if incomplete or not images:
         name = incomplete[0] if incomplete else "no image"
-        raise ValueError(f"{labels_csv}: {name}: rows are missing; expected one for each of {', '.join(RSNA_COLUMNS)}")
+        raise UserError(f"{labels_csv}: {name}: rows are missing; expected one for each of {', '.join(RSNA_COLUMNS)}")
     return images
 
 
@@ -117,7 +117,7 @@ def _image_table(images_csv: Path) -> dict[str, str]:
     images = table[image_column]
     repeated = images[images.duplicated()]
     if len(repeated):
-        raise ValueError(f"{images_csv}: image {repeated.iloc[0]} belongs to two studies; keep one row")
+        raise UserError(f"{images_csv}: image {repeated.iloc[0]} belongs to two studies; keep one row")
     return dict(zip(images, table[study_column]))
 
 
@@ -130,12 +130,12 @@ def list_rsna_images(dicom_dir: Path, *, workers: int = 4) -> list[tuple[str, st
     """
     files = sorted(str(path) for path in dicom_dir.rglob("*.dcm"))
     if not files:
-        raise FileNotFoundError(f"{dicom_dir}: no .dcm file; expected RSNA's stage_2_train folder")
+        raise MissingFileError(f"{dicom_dir}: no .dcm file; expected RSNA's stage_2_train folder")
     with ProcessPoolExecutor(workers) as pool:
         rows = list(pool.map(_dicom_ids, files, chunksize=256))
     bad = [path for path, row in zip(files, rows) if row is None]
     if bad:
-        raise ValueError(
+        raise UserError(
             f"{len(bad):,} of {len(files):,} files have no readable SOPInstanceUID and StudyInstanceUID, such as "
             f"{bad[0]}; download or remove them"
         )
@@ -244,7 +244,7 @@ def build_rad_chestct(label_csvs: Sequence[Path]) -> LabelTable:
                 locations.setdefault(column.split("*", 1)[0].strip().lower(), []).append(column)
         for finding, source in RAD_CHESTCT_SOURCES.items():
             if source not in locations:
-                raise ValueError(f"{path}: no column {source}*<location> for {finding}; found {', '.join(locations)}")
+                raise UserError(f"{path}: no column {source}*<location> for {finding}; found {', '.join(locations)}")
         used = {column: str for source in RAD_CHESTCT_SOURCES.values() for column in locations[source]}
         frame = _read_csv(path, {name_column: str, **used})
         present = {
@@ -261,7 +261,7 @@ def build_rad_chestct(label_csvs: Sequence[Path]) -> LabelTable:
 def _read_csv(path: Path, columns: Mapping[str, type], nrows: int | None = None) -> pd.DataFrame:
     """The named columns as text; all columns when none is named."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the official CSV")
+        raise MissingFileError(f"{path}: no such file; expected the official CSV")
     try:
         return pd.read_csv(
             path,
@@ -273,7 +273,7 @@ def _read_csv(path: Path, columns: Mapping[str, type], nrows: int | None = None)
         )
     except ValueError as error:  # pandas' parser errors are ValueErrors too
         expected = f"expected a CSV with the columns {', '.join(list(columns)[:6])}" if columns else "expected a CSV"
-        raise ValueError(f"{path}: {error}; {expected}") from None
+        raise UserError(f"{path}: {error}; {expected}") from None
 
 
 def _named(path: Path, header: Sequence[str], names: Sequence[str]) -> str:
@@ -282,7 +282,7 @@ def _named(path: Path, header: Sequence[str], names: Sequence[str]) -> str:
     for name in names:
         if column_key(name) in keys:
             return keys[column_key(name)]
-    raise ValueError(f"{path}: no column {' or '.join(map(repr, names))}; found {', '.join(header[:12])}")
+    raise UserError(f"{path}: no column {' or '.join(map(repr, names))}; found {', '.join(header[:12])}")
 
 
 def _binary(path: Path, frame: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
@@ -293,7 +293,7 @@ def _binary(path: Path, frame: pd.DataFrame, columns: Sequence[str]) -> np.ndarr
     if wrong.any():
         row, column = (int(at[0]) for at in np.nonzero(wrong))
         found = str(text[row, column])
-        raise ValueError(f"{path}: line {row + 2}: column {columns[column]!r}: {found!r}; expected 0 or 1")
+        raise UserError(f"{path}: line {row + 2}: column {columns[column]!r}: {found!r}; expected 0 or 1")
     return is_one.astype(np.int8)
 
 
@@ -305,9 +305,9 @@ def _ids(path: Path, texts: pd.Series, normalise: Callable[[str], str], *, seen:
         try:
             name = normalise(text)
         except ValueError as error:
-            raise ValueError(f"{path}: line {row + 2}: {error}") from None
+            raise UserError(f"{path}: line {row + 2}: {error}") from None
         if name in known:
-            raise ValueError(f"{path}: line {row + 2}: {name!r} stands twice; keep one row")
+            raise UserError(f"{path}: line {row + 2}: {name!r} stands twice; keep one row")
         known.add(name)
         ids.append(name)
     return ids
@@ -331,15 +331,10 @@ class RsnaImages:
 
     def run(self) -> Iterator[str]:
         if self.workers < 1:
-            raise ValueError(f"--workers is {self.workers}; expected at least 1")
+            raise UserError(f"--workers is {self.workers}; expected at least 1")
         rows = list_rsna_images(self.dicom_dir, workers=self.workers)
-        temporary = self.output.with_name(f".{self.output.name}.{uuid.uuid4().hex}")
-        try:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows([("ImageID", "StudyInstanceUID"), *rows])
-            os.replace(temporary, self.output)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_whole(self.output, text=True) as file:
+            csv.writer(file, lineterminator="\n").writerows([("ImageID", "StudyInstanceUID"), *rows])
         yield f"{self.output}: {len(rows):,} images of {len({study for _, study in rows}):,} studies"
 
 
@@ -414,7 +409,7 @@ class RadChestct:
 
     def run(self) -> Iterator[str]:
         if not self.labels:
-            raise ValueError("--labels names no file; expected the three official CSVs")
+            raise UserError("--labels names no file; expected the three official CSVs")
         table = build_rad_chestct(self.labels)
         yield from _write(self.output, table, "NoteAcc_DEID")
         yield from _compare(table, 3630, RAD_CHESTCT_POSITIVES)

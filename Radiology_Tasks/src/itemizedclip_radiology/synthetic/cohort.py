@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import tyro
 
+from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip_radiology.benchmarks.chest_ct import CALCIFICATION_CLASSES, CT_RATE_COLUMNS, RAD_CHESTCT_COLUMNS
 from itemizedclip_radiology.data.label_table import LabelTable, write_label_csv
 from itemizedclip_radiology.data.volumes import Size, padded_in_plane
@@ -97,7 +98,7 @@ def open_cohort(root: str | Path) -> CohortFolder:
     """
     path = Path(root) / "findings.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a folder that `write_cohort` wrote")
+        raise MissingFileError(f"{path}: no such file; expected a folder that `write_cohort` wrote")
     return CohortFolder(Path(root), json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -378,9 +379,9 @@ def write_cohort(
     """
     for name, value in (("--num-train", num_train), ("--num-valid", num_valid), ("--num-test", num_test)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1")
+            raise UserError(f"{name} is {value}; expected at least 1")
     if root.exists() and any(root.iterdir()):
-        raise ValueError(f"{root}: is not empty; give a new folder (--root), so that no older studies are mixed in")
+        raise UserError(f"{root}: is not empty; give a new folder (--root), so that no older studies are mixed in")
     counts: dict[str, Any] = {"num_train": num_train, "num_valid": num_valid, "seed": seed}
     writers: dict[Part, Callable[[], object]] = {
         "mri": lambda: write_studies(root / "mri", kind="mri", size=brain_size, **counts),

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from itemizedclip.runtime.errors import UserError
 from itemizedclip_radiology.data.volumes import Size
 
 GENERATOR_VERSION = 1
@@ -479,7 +480,7 @@ def find_finding(kind: Kind, name: str) -> Finding:
         if finding.name == name:
             return finding
     known = ", ".join(finding.name for finding in FINDINGS[kind])
-    raise ValueError(f"no finding {name!r} among those of {kind}; expected one of {known}")
+    raise UserError(f"no finding {name!r} among those of {kind}; expected one of {known}")
 
 
 def render_study(
@@ -508,7 +509,7 @@ def render_study(
         ValueError: an unknown finding, or a size below 8.
     """
     if min(size) < 8:
-        raise ValueError(f"size is {size}; expected at least 8 voxels along each axis")
+        raise UserError(f"size is {size}; expected at least 8 voxels along each axis")
     generator = np.random.default_rng([GENERATOR_VERSION, seed, zlib.crc32(f"{kind}/{stream}".encode()), index])
     canvas = _empty_canvas(kind, size, saved_size or size, generator)
     if kind == "chest_ct":

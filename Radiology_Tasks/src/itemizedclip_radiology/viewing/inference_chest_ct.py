@@ -23,16 +23,14 @@ from rich.console import Console
 
 from itemizedclip.commands.explain import folder_named_after, make_output_folder, print_written, write_with_progress
 from itemizedclip.commands.questions import check_texts_flags, read_items_file, score_table, split_texts
-from itemizedclip.evaluation.results import file_sha256
 from itemizedclip.models.factory import LoadedModel, load_pretrained
+from itemizedclip.runtime.errors import UserError, reported_errors
+from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.flags import read_flags
-from itemizedclip.runtime.processes import choose_device
-from itemizedclip.training.engine import reported_errors
-from itemizedclip.training.options import check_device_name
-from itemizedclip.training.tracking import logging_to_console
-from itemizedclip.viewer.explanation import Explainer
+from itemizedclip.runtime.logs import logging_to_console
+from itemizedclip.runtime.processes import check_device_name, choose_device
+from itemizedclip.viewer.explanation import Explainer, Explanation
 from itemizedclip.viewer.files import ExplanationFiles
-from itemizedclip.viewer.inputs import Explanation
 from itemizedclip_radiology.benchmarks.chest_ct import CHEST_CLASSES, chest_prompt
 from itemizedclip_radiology.data.chest import ChestSettings, DoubleRescale, parse_input_info
 from itemizedclip_radiology.viewing.inputs import body_of, open_input
@@ -111,7 +109,7 @@ def load_chest_model(options: InferenceOptions) -> LoadedModel:
     device = choose_device(options.device, 0, 1)
     loaded = load_pretrained(options.resume, config=options.model, text_model=options.text_model)
     if loaded.config["vision_cfg"].get("tower") != "hlip" or body_of(loaded.config) != "chest":
-        raise ValueError(
+        raise UserError(
             f"{options.resume}: is no chest CT model; expected a checkpoint of train_ctrate (other models are asked by "
             "itemizedclip explain)"
         )

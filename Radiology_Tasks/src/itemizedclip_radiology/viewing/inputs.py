@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
-from itemizedclip.data.items import normalise_item, read_json
+from itemizedclip.data.items import normalise_item
 from itemizedclip.models.factory import LoadedModel
+from itemizedclip.runtime.files import read_json
 from itemizedclip.viewer.geometry import Geometry
 from itemizedclip.viewer.inputs import FileGrid, InputView, ModelInput
 from itemizedclip_radiology.benchmarks.benchmark import visible_entries

@@ -1,0 +1,66 @@
+"""What a user can mend is a `UserError`: one sentence that names file, flag or sample and says what to do.
+
+It is raised anywhere, crosses loader workers unchanged, and is reported here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+EXIT_WRONG_FILE = 1
+"""Exit status when something read, written or reached is not as needed."""
+
+EXIT_WRONG_FLAG = 2
+"""Exit status when a flag, a value or a combination of flags cannot be."""
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message is the whole report.
+
+    A loader worker's error arrives in the training process as a new object of the same class, made of the worker's
+    trace: the constructor brings that back to the one sentence, so that nobody else has to.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_sentence_of(str(message), type(self).__name__))
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+def _sentence_of(message: str, class_name: str) -> str:
+    """The message itself, or what stands behind the class name in the trace that PyTorch's loader makes of one."""
+    if not message.startswith(f"Caught {class_name} in "):
+        return message
+    return message.rpartition(f"{class_name}: ")[2].strip()
+
+
+@contextmanager
+def reported_errors(prog: str | None = None) -> Iterator[None]:
+    """Turn errors a user can mend into one line on standard error and exit status 1; others keep their trace.
+
+    Those are `UserError`s, files that cannot be opened or written, and, on several ranks, connections that broke
+    because another rank failed: its message is the one to read.
+    """
+    try:
+        yield
+    except UserError as error:
+        _end(prog, str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _end(prog, f"{error.filename}: {error.strerror}")
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        print("another process of this run failed; see its message", file=sys.stderr)
+        raise SystemExit(EXIT_WRONG_FILE) from None
+
+
+def _end(prog: str | None, message: str) -> None:
+    print(f"{prog or Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(EXIT_WRONG_FILE) from None

@@ -1,0 +1,218 @@
+"""Reading and writing files: whole or not at all, UTF-8, JSON that means what it says.
+
+Every text and JSON file that a user gives is read here, so that a byte-order mark, a lone surrogate, a NaN or a
+repeated key mean the same everywhere; every file of ours is written here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from itemizedclip.runtime.errors import MissingFileError, UserError
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+PART_SUFFIX = ".part"
+"""Ending of a file that is being written; one that stays behind belongs to a killed process."""
+
+
+@contextmanager
+def replacing(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
+    """A path to write to, whose file takes the place of `path` at the end of the block; after an error nothing changed.
+
+    Several processes may write the same file at once, on one machine or several: the last one wins whole.
+
+    Args:
+        path: the file; folders above it are made.
+        durable: return only when the disk has it (checkpoints, indices).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    part = path.with_name(f".{path.name}.{writer}{PART_SUFFIX}")
+    try:
+        yield part
+        if durable:
+            _sync(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if durable and os.name == "posix":
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def written_whole(path: str | Path, *, text: bool = False, durable: bool = False) -> Iterator[IO[Any]]:
+    """`replacing` with the file open: for bytes, or for text in UTF-8 whose line ends stay as they are written."""
+    how: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "newline": ""} if text else {"mode": "wb"}
+    with replacing(path, durable=durable) as part, part.open(**how) as file:
+        yield file
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole."""
+    with written_whole(path, text=True) as file:
+        file.write(text)
+
+
+def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write plain data as JSON, whole.
+
+    Raises:
+        UserError: a number that JSON does not have (NaN, infinity), or an object that is no plain data.
+    """
+    try:
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: cannot be written as JSON ({error})") from None
+    write_text(path, text + "\n")
+
+
+def check_writable(folder: str | Path, flag: str) -> Path:
+    """Before anything is computed: a folder that results can be written to; made when it is not there.
+
+    Args:
+        folder: the folder.
+        flag: the flag that names another one, for the message.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    folder = Path(folder).expanduser()
+    reason = "no permission"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        writable, reason = False, error.strerror or type(error).__name__
+    if not writable:
+        raise UserError(f"{folder}: results cannot be written there ({reason}); give another place with {flag}")
+    return folder
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content, which says which checkpoint or annotation file a result came from."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_text(path: str | Path, *, holding: str) -> str:
+    """Content of a text file in UTF-8; a byte-order mark is no part of it.
+
+    Args:
+        path: the file.
+        holding: what the file should hold, for messages, such as "one text per line".
+
+    Raises:
+        MissingFileError: no such file.
+        UserError: a folder, no permission, or not UTF-8.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise MissingFileError(f"{path}: no such file; expected {holding}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: byte {error.start} is no UTF-8 text ({error.reason}); expected {holding}: save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected {holding}") from None
+
+
+def read_lines(path: str | Path, *, holding: str) -> list[str]:
+    """The lines of a text file, without outer white space and without blank ones; otherwise as `read_text`."""
+    return [line.strip() for line in read_text(path, holding=holding).splitlines() if line.strip()]
+
+
+def read_json(path: str | Path, *, holding: str) -> Any:
+    """Content of a JSON file in UTF-8.
+
+    Args:
+        path: the file.
+        holding: what the file should hold, for messages, such as "class labels".
+
+    Raises:
+        MissingFileError: no such file.
+        UserError: see `read_text` and `parse_json`.
+    """
+    path = Path(path).expanduser()
+    return parse_json(read_text(path, holding=f"a JSON file with {holding}"), source=path, holding=holding)
+
+
+def parse_json(text: str, *, source: object, holding: str) -> Any:
+    """JSON as the standard has it: no NaN or infinity, no key twice in one object, no half of a character.
+
+    Args:
+        text: the JSON.
+        source: where it comes from, for messages.
+        holding: what it should hold, for messages.
+
+    Raises:
+        UserError: anything else, or nested too deeply.
+    """
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_object_without_repeats, parse_constant=_no_constant, parse_float=_finite
+        )
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except _RefusedError as error:
+        raise UserError(f"{source}: {error}; expected {holding}") from None
+    except RecursionError:
+        raise UserError(f"{source}: nested too deeply; expected {holding}") from None
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UserError(f"{source}: {half} is half of a character (a lone surrogate); expected {holding}") from None
+    except ValueError as error:
+        raise UserError(f"{source}: not valid JSON ({error}); expected {holding}") from None
+    return value
+
+
+class _RefusedError(ValueError):
+    """JSON that Python would take and we do not."""
+
+
+def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _RefusedError(f"key {key!r} appears twice; keep one of the entries")
+            seen.add(key)
+    return entries
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise _RefusedError(f"{name} is no number in JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise _RefusedError(f"{digits} is no number that a computer holds")
+    return value

@@ -1,0 +1,148 @@
+"""What a program shows while it works: its log on standard error, its log file, progress.
+
+Progress is a bar on a terminal and a line a minute otherwise, in every command.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from functools import lru_cache
+from pathlib import Path
+
+from rich.console import Console
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[int, int], None]
+"""Called with (done, to do) as work goes on."""
+
+LINE_EVERY_S = 60.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+OWN_PACKAGES = ("itemizedclip", "itemizedclip_2d", "itemizedclip_radiology", "__main__")
+"""The project's packages: their log is shown; of others, warnings only."""
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def standard_error() -> Console:
+    """The console on standard error, shared by log and live progress so that they do not overwrite each other."""
+    return Console(stderr=True)
+
+
+@contextmanager
+def logging_to_console(rank: int) -> Iterator[None]:
+    """Show the project's log and warnings on standard error; ranks but the main one show warnings only.
+
+    Does nothing inside another such block.
+    """
+    if any(isinstance(handler.formatter, _Formatter) for handler in logging.getLogger().handlers):
+        yield
+        return
+    handler: logging.Handler
+    if rank == 0 and standard_error().is_terminal:
+        handler = RichHandler(
+            console=standard_error(), show_path=False, show_level=False, log_time_format="%H:%M:%S",
+            highlighter=NullHighlighter(),
+        )  # fmt: skip
+        handler.setFormatter(_Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        prefix = "" if rank == 0 else f"[rank {rank}] "
+        handler.setFormatter(_Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    with _handling(handler):
+        yield
+
+
+class _Formatter(logging.Formatter):
+    """Says "warning:" where one is meant; information comes as it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.levelno < logging.WARNING:
+            return super().format(record)
+        marked = copy(record)
+        marked.msg, marked.args = f"{record.levelname.lower()}: {record.getMessage()}", None
+        return super().format(marked)
+
+
+@contextmanager
+def logging_to_file(folder: Path) -> Iterator[None]:
+    """Append the project's log, and the error that ends the block, to log.txt of the run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    with _handling(handler):
+        try:
+            yield
+        except Exception as error:
+            text = f"ended by {type(error).__name__}: {error}"
+            handler.emit(logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "msg": text}))
+            raise
+
+
+@contextmanager
+def _handling(handler: logging.Handler) -> Iterator[None]:
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(min(level, logging.INFO))
+    # Libraries' chatter stays out; their warnings do not.
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith(OWN_PACKAGES))
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress_bar(label: str, *, enabled: bool = True) -> Iterator[OnProgress]:
+    """Progress on standard error, fed with (done, to do): a bar on a terminal, otherwise a line a minute.
+
+    Args:
+        label: what is being done, such as "Reading images".
+        enabled: off on ranks that do not print.
+    """
+    console = standard_error()
+    if not enabled or not console.is_terminal:
+        yield _lines(label) if enabled else lambda done, to_do: None
+        return
+    columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, to_do: bar.update(task, completed=done, total=to_do)
+
+
+def _lines(label: str) -> OnProgress:
+    started = last_said = time.monotonic()
+
+    def say(done: int, to_do: int) -> None:
+        nonlocal last_said
+        now = time.monotonic()
+        if now - last_said < LINE_EVERY_S or not 0 < done < to_do:
+            return
+        last_said = now
+        left = (now - started) / done * (to_do - done)
+        logger.info("%s: %s of %s, %s left", label.lower(), f"{done:,}", f"{to_do:,}", duration(left))
+
+    return say
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
