@@ -27,7 +27,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from itemizedclip_radiology.data.chest import ChestCTDataset, ChestInput
+from itemizedclip_radiology.data.chest import ChestInput, ChestScans
 from itemizedclip_radiology.data.ct_rate_tree import parse_volume_name
 from itemizedclip_radiology.data.volume_cache import VolumeCache
 from itemizedclip_radiology.data.volumes import CHEST_SIZE, HounsfieldWindow
@@ -75,7 +75,7 @@ class Options:
     """Before each scan is read, have the system forget its file: the disk is measured, not the page cache."""
 
 
-class Forgetting(ChestCTDataset):
+class Forgetting(ChestScans):
     """Before a scan is read, its file is dropped from the page cache."""
 
     def __getitem__(self, key: int | tuple[int, int]) -> ItemSample:
@@ -109,23 +109,23 @@ def write_volumes(root: Path, count: int) -> Path:
     return items_json
 
 
-def open_scans(options: Options, items_json: Path, source: Source) -> ChestCTDataset:
+def open_scans(options: Options, items_json: Path, source: Source) -> ChestScans:
     """The training scans, from the volumes or from a cache that is built first."""
     cache = None
     window = HounsfieldWindow()
     if source != "float32":
         dtype: Literal["uint8", "float16"] = "uint8" if source == "uint8 cache" else "float16"
         cache = VolumeCache(options.output / "cache", window=window, dtype=dtype)
-    scans = (Forgetting if options.drop_cache else ChestCTDataset)(
+    scans = (Forgetting if options.drop_cache else ChestScans)(
         data_root=items_json.parent, items_json=items_json, is_train=True, num_items=10, seed=0,
         options=ChestInput(window=window, size=CHEST_SIZE), cache=cache,
     )  # fmt: skip
     for index in range(len(scans)):
-        ChestCTDataset.__getitem__(scans, index)
+        ChestScans.__getitem__(scans, index)
     return scans
 
 
-def waits(options: Options, scans: ChestCTDataset, workers: int) -> Iterator[float]:
+def waits(options: Options, scans: ChestScans, workers: int) -> Iterator[float]:
     """Seconds each step waits, while steps take --step-s, but for the first of an epoch, when workers start."""
     loading = LoadingSettings(batch_size=options.batch_size, accum_batch=options.accum_batch, workers=workers)
     collator = ItemCollator(load_bert_tokenizer("builtin", 256), 10)

@@ -27,9 +27,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from itemizedclip_radiology import train_studies as training
 from itemizedclip_radiology.benchmarks import zero_shot_cq500, zero_shot_pub_brain_5, zero_shot_rsna
 from itemizedclip_radiology.data.volumes import Size
+from itemizedclip_radiology.recipes import main_studies
 from itemizedclip_radiology.synthetic.cohort import (
     BRAIN_TEST_SIZE,
     write_head_ct_benchmarks,
@@ -112,7 +112,7 @@ def write_cohort(options: Options, root: Path) -> None:
 def train(options: Options, root: Path) -> Path:
     """A small HLIP by the debug recipe; its checkpoint."""
     steps = options.epochs * (options.num_train // options.batch_size)
-    training.main([
+    main_studies([
         "--recipe", "mri_debug" if options.domain == "mri" else "ct_debug",
         "--data-root", str(root / "train"), "--json-root", str(root / "train"),
         "--volume-size", *map(str, options.size), "--logs", str(options.output), "--name", "run",

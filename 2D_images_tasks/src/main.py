@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train on photographs and remote-sensing images (see --help)."""
 
-from itemizedclip_2d.training import main
+from itemizedclip_2d.recipes import main
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,6 @@
-"""The command `itemizedclip`: one subcommand per thing a user does without a wing.
+"""The command `itemizedclip`: one subcommand per thing a user does.
 
+itemizedclip train      train a recipe by its name: the published ones, or one on your own images
 itemizedclip demo       train on itemized scenes, evaluate, draw where each item looked
 itemizedclip index      encode a folder of images once, so that search finds them
 itemizedclip search     find images of an index by text, and where each text looked
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from itemizedclip.runtime.flags import ending_quietly
 
 COMMANDS = {
+    "train": ("itemizedclip.commands.train", "train a recipe by its name: the published ones, or your own images"),
     "demo": (
         "itemizedclip.commands.demo",
         "train on the embedded itemized scenes, evaluate, draw an attention picture",
@@ -41,7 +43,7 @@ def usage() -> str:
             "commands:",
             *lines,
             "",
-            "Training on your own and the published data sets: train_*.sh in the project folder.",
+            "The scripts of the project folder (train_*.sh, inference_*.sh) are the same under their published names.",
         ]
     )
 

@@ -2,7 +2,7 @@
 
     itemizedclip demo                          minutes on two CPU cores (recipe scenes)
     itemizedclip demo --recipe scenes_debug    seconds; the numbers mean nothing
-    torchrun --nproc_per_node 2 -m itemizedclip.commands.demo
+    torchrun --nproc_per_node 2 -m itemizedclip demo
 
 Nothing is downloaded: the scenes are made from handwritten digits that ship with scikit-learn. Every flag of training
 is accepted; a finished run (`--name NAME --resume latest`) is evaluated and drawn again without training.
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -30,10 +30,10 @@ from itemizedclip.evaluation.results import EvaluationReport, format_measure, wr
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.evaluation.tcsim import Scoring
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import create_model, create_tokenizer, create_transform
+from itemizedclip.models.factory import create_transform
 from itemizedclip.runtime.collectives import barrier
 from itemizedclip.runtime.errors import UserError, reported_errors
-from itemizedclip.training.engine import Evaluator, TrainResult, train
+from itemizedclip.training.engine import Evaluator, TrainResult
 from itemizedclip.training.options import (
     LoadingSettings,
     ModelSettings,
@@ -41,8 +41,8 @@ from itemizedclip.training.options import (
     OptimizerSettings,
     RunOptions,
     RunSettings,
-    parse_run,
 )
+from itemizedclip.training.recipes import Opening, TrainingData, open_data, parse_run, train_opened
 from itemizedclip.training.run import launch_run
 from itemizedclip.viewer.figures import attention_figure, save_figure
 from itemizedclip.viewer.geometry import geometry_of_transform, map_to_input
@@ -77,6 +77,25 @@ class ScenesData:
         for name, lowest in (("num_train", 1), ("num_test", 1), ("num_pictures", 0)):
             if getattr(self, name) < lowest:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least {lowest}")
+
+    def scenes(self, model: DualEncoder, split: Literal["train", "test"], seed: int) -> ScenesDataset:
+        """Training scenes, whose items come in random order, or test scenes."""
+        return ScenesDataset(
+            split=split,
+            num_scenes=self.num_train if split == "train" else self.num_test,
+            level=self.level,
+            seed=seed,
+            transform=create_transform(model.config, is_train=False),
+            shuffle_items=split == "train",
+        )
+
+    def open(self, opening: Opening) -> TrainingData:
+        """See `DataGroup`."""
+        options = opening.options
+        dataset = self.scenes(opening.model, "train", options.run.seed)
+        test = self.scenes(opening.model, "test", options.run.seed)
+        evaluators = scene_evaluators(test, opening.tokenizer, options.objective.scoring)
+        return TrainingData(dataset, evaluators, dataset.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -230,44 +249,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, evaluate, draw, summarise; returns the metrics."""
     options = parse_run(RECIPES, "scenes", argv, prog="itemizedclip demo", description=DESCRIPTION)
     with reported_errors("itemizedclip demo"), launch_run(options) as ranks:
-        model = create_model(options.model.model)
-        tokenizer = create_tokenizer(model.config)
-        seed, data = options.run.seed, options.data
-        train_set = ScenesDataset(
-            split="train",
-            num_scenes=data.num_train,
-            level=data.level,
-            seed=seed,
-            transform=create_transform(model.config, is_train=False),
-            shuffle_items=True,
-        )
-        test_set = ScenesDataset(
-            split="test",
-            num_scenes=data.num_test,
-            level=data.level,
-            seed=seed,
-            transform=create_transform(model.config, is_train=False),
-            shuffle_items=False,
-        )
-        evaluators = scene_evaluators(test_set, tokenizer, options.objective.scoring)
-        result = train(
-            options,
-            model=model,
-            dataset=train_set,
-            collator=ItemCollator(tokenizer, options.loading.num_sampled_captions),
-            evaluators=evaluators,
-            data_fingerprint=train_set.fingerprint,
-            ranks=ranks,
-        )
+        model = options.create_model()
+        data, collator = open_data(options, model, ranks)
+        result = train_opened(options, model, data, collator, ranks)
         if result.interrupted:
             return result.metrics
         model.eval()
         with torch.no_grad():
-            metrics = evaluate(model, evaluators, result.folder, result.checkpoint, is_main=ranks.is_main)
+            metrics = evaluate(model, data.evaluators, result.folder, result.checkpoint, is_main=ranks.is_main)
         if ranks.is_main:
-            num_pictures = data.num_pictures if options.objective.uses_head else 0
-            numbers = range(min(num_pictures, len(test_set)))
-            pictures = draw_scenes(model, tokenizer, test_set, numbers, result.folder / "pictures")
+            scenes_drawn = options.data.num_pictures if options.objective.uses_head else 0
+            test = options.data.scenes(model, "test", options.run.seed)
+            numbers = range(min(scenes_drawn, len(test)))
+            pictures = draw_scenes(model, collator.tokenizer, test, numbers, result.folder / "pictures")
             _print_summary(result, metrics, pictures)
         barrier()
         return metrics

@@ -64,6 +64,19 @@ def logging_to_console(rank: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def only_errors_of(name: str, *, enabled: bool = True) -> Iterator[None]:
+    """Keep a logger quiet inside the block, because another rank says the same."""
+    target = logging.getLogger(name)
+    level = target.level
+    if enabled:
+        target.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        target.setLevel(level)
+
+
 class _Formatter(logging.Formatter):
     """Says "warning:" where one is meant; information comes as it is."""
 

@@ -1,34 +1,32 @@
 """The options of a training run: typed, grouped, checked, shown by --help, saved as plain data.
 
 Flags are the field names with dashes, without the group's name; published flag names are accepted as aliases.
-A wing adds its own group by subclassing `RunOptions` (which must stay constructible without arguments):
+A domain adds its own group by subclassing `RunOptions` (which must stay constructible without arguments):
 
     @dataclass(frozen=True)
     class RsicdRun(RunOptions):
         data: RsicdData = field(default_factory=RsicdData)
 
-A recipe is a function that returns such options; `parse_run` picks one by --recipe and lets flags override it.
+A recipe is a function that returns such options (`itemizedclip.training.recipes`).
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import inspect
-import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from itemizedclip.models.dual_encoder import DualEncoder
+from itemizedclip.models.factory import create_model
 from itemizedclip.objectives.loss import ObjectiveOptions
 from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.flags import at_least, check, read_flags
+from itemizedclip.runtime.flags import at_least, check
 from itemizedclip.runtime.processes import DistributedSettings, check_device_name
 
 OptionsT = TypeVar("OptionsT", bound="RunOptions")
@@ -253,55 +251,9 @@ class RunOptions:
             "--torchcompile together with --accum-freq above 1 is not tested; use --accum-batch or drop --torchcompile",
         )
 
-
-# --- recipes and flags -----------------------------------------------------------------------------------------------
-
-
-def parse_run(
-    recipes: Mapping[str, Callable[[], OptionsT]],
-    default: str,
-    argv: Sequence[str] | None = None,
-    prog: str | None = None,
-    description: str | None = None,
-) -> OptionsT:
-    """The options of a run from a recipe and the flags that override it.
-
-    Args:
-        recipes: name → function that returns options; the first line of its docstring is shown in --help.
-        default: recipe used without --recipe.
-        argv: flags; the process's own when None.
-        prog: name shown in messages, such as train_rsicd.sh.
-        description: first lines of --help.
-
-    Raises:
-        SystemExit: --help (0), or a flag, a value or a recipe that does not exist (2, after one message).
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default=default)
-    name = first.parse_known_args(arguments)[0].recipe
-    if name not in recipes:
-        near = difflib.get_close_matches(name, recipes, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        _exit_with(prog, f"no recipe named {name}{hint}; there are: {', '.join(recipes)}")
-    try:
-        base = recipes[name]()
-    except ValueError as error:
-        _exit_with(prog, f"recipe {name}: {error}")
-    base = dataclasses.replace(base, run=dataclasses.replace(base.run, recipe=name))
-    listed = "\n".join(f"  {key}: {_first_line(recipe)}" for key, recipe in recipes.items())
-    heading = f"Recipes (--recipe NAME; defaults below are those of {name}):"
-    shown = f"{description or ''}\n\n{heading}\n{listed}"
-    return read_flags(type(base), arguments, prog=prog, description=shown, default=base)
-
-
-def _exit_with(prog: str | None, message: str) -> typing.NoReturn:
-    print(f"{prog or Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def _first_line(recipe: Callable[[], Any]) -> str:
-    return (inspect.getdoc(recipe) or "").split("\n")[0]
+    def create_model(self) -> DualEncoder:
+        """The model with its initial weights, on the CPU; called on every rank, under `launch_run`."""
+        return create_model(self.model.model)
 
 
 # --- plain data ------------------------------------------------------------------------------------------------------

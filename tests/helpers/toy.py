@@ -34,8 +34,8 @@ from itemizedclip.training.options import (
     OptimizerSettings,
     RunOptions,
     RunSettings,
-    parse_run,
 )
+from itemizedclip.training.recipes import parse_run
 from itemizedclip.training.run import launch_run
 
 WORDS = ("red", "green", "blue", "small", "large", "left", "right", "top", "bottom", "round", "square", "empty")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from itemizedclip_2d import retrieval, visualize_shards
-from itemizedclip_2d import training as train_main
-from itemizedclip_2d.recipes import RECIPES
+from itemizedclip_2d.recipes import itemized_cc03m, itemized_cc03m_debug
+from itemizedclip_2d.recipes import main as train_2d
 from itemizedclip_2d.retrieval_sets import coco_val2017
 from itemizedclip_2d.shards import ShardDataset
 from natural_files import CaptionedImages, ShardFolder, write_coco, write_flickr, write_karpathy, write_shards
@@ -75,7 +75,7 @@ def train_flags(world: World, logs: Path, *more: object) -> list[str]:
     return [str(flag) for flag in flags]
 
 
-def refused(capfd, argv: list[str], main=train_main.main) -> str:
+def refused(capfd, argv: list[str], main=train_2d) -> str:
     """What a command says on standard error when it exits with an error."""
     with pytest.raises(SystemExit) as ended:
         main(argv)
@@ -123,23 +123,19 @@ def test_two_processes_train_on_the_same_samples(world, tmp_path):
 
 def validation_of(world: World, model) -> dict[str, float]:
     """What training would report for the weights of `model`, computed here in one process."""
-    from itemizedclip_2d.training import shard_data
-
-    from itemizedclip.data.batch import ItemCollator
-    from itemizedclip.models.factory import create_tokenizer
-    from itemizedclip.training.options import parse_run
+    from itemizedclip.training.recipes import open_data, parse_run
     from itemizedclip.training.run import launch_run
 
-    options = parse_run(RECIPES, "rsicd", train_flags(world, Path("unused")))
+    options = parse_run({"itemized_cc0.3M_debug": itemized_cc03m_debug}, "rsicd", train_flags(world, Path("unused")))
     with launch_run(options) as ranks:
-        collator = ItemCollator(create_tokenizer(model.config), 7)
-        (evaluator,) = shard_data(options, model.config, ranks, collator).evaluators
+        data, _ = open_data(options, model, ranks)
+        (evaluator,) = data.evaluators
         return {f"val/{name}": value for name, value in evaluator.run(model).items()}
 
 
 def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(world, tmp_path, monkeypatch):
     flags = train_flags(world, tmp_path, "--val-frequency", 0, "--log-every-n-steps", 1)
-    train_main.main([*flags, "--name", "whole"])
+    train_2d([*flags, "--name", "whole"])
     read: list[tuple[int, int]] = []
     true_getitem = ShardDataset.__getitem__
 
@@ -150,11 +146,11 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(world, tmp_pat
         return true_getitem(self, key)
 
     monkeypatch.setattr(ShardDataset, "__getitem__", counted)
-    assert train_main.main([*flags, "--name", "cut"]).interrupted
+    assert train_2d([*flags, "--name", "cut"]).interrupted
     stopped = torch.load(tmp_path / "cut/checkpoints/latest.pt", weights_only=True)
     assert (stopped["epoch"], stopped["step_in_epoch"]) == (1, 2)
     read.clear()
-    assert not train_main.main([*flags, "--name", "cut", "--resume", "latest"]).interrupted
+    assert not train_2d([*flags, "--name", "cut", "--resume", "latest"]).interrupted
     assert [epoch for epoch, _ in read] == [0] + 8 * [1]  # the check, and the two steps that were left
     whole, cut = (weights(tmp_path / name / "checkpoints/epoch_2.pt") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
@@ -171,7 +167,7 @@ def test_bad_images_are_replaced_up_to_a_fraction(world, tmp_path, capfd):
         *DEBUG, "--logs", str(tmp_path), "--train-data", shards.pattern(), "--external-captions",
         str(shards.items_path), "--epochs", "1",
     ]  # fmt: skip
-    train_main.main([*flags, "--max-bad-fraction", "0.1", "--name", "a"])
+    train_2d([*flags, "--max-bad-fraction", "0.1", "--name", "a"])
     assert "bad sample replaced" in (tmp_path / "a/log.txt").read_text()
     assert "00000.tar: 000000000.jpg: no readable image" in (tmp_path / "a/log.txt").read_text()
     capfd.readouterr()
@@ -184,14 +180,14 @@ def test_other_ways_to_give_data(world, tmp_path):
         *DEBUG, "--logs", str(tmp_path), "--epochs", "1", "--name", "a", "--dataset-resampled", "--shard-window", "1",
         "--train-data", f"{world.shards.shards[0]}::{world.shards.pattern(1, 2)}", "--train-num-samples", "12",
     ]  # fmt: skip
-    result = train_main.main(flags)
+    result = train_2d(flags)
     assert (result.step, result.metrics) == (3, {})
     options = json.loads((tmp_path / "a/params.json").read_text())["data"]
     assert options["external_captions"] == "captions"
 
 
 def test_recipe_is_the_published_one():
-    options = RECIPES["itemized_cc0.3M"]()
+    options = itemized_cc03m()
     o = options.objective
     assert (o.ila_weight, o.ila_keep_rate, o.kta_weight, o.key_token_fraction) == (1, 0.8, 1, 0.2)
     assert (o.mps_weight, o.iis_weight, o.worst_positive_factor, o.normal_check) == (0.1, 0.1, 1.5, False)

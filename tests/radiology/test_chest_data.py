@@ -12,8 +12,8 @@ import pytest
 import torch
 from itemizedclip_radiology.data import warm_cache
 from itemizedclip_radiology.data.chest import (
-    ChestCTDataset,
     ChestInput,
+    ChestScans,
     find_ct_rate_root,
     load_chest_volume,
     parse_input_info,
@@ -265,9 +265,9 @@ def write_tree(root: Path, scans=SCANS) -> Path:
     return path
 
 
-def open_scans(root: Path, **changes) -> ChestCTDataset:
+def open_scans(root: Path, **changes) -> ChestScans:
     options = {"is_train": True, "num_items": 2, "seed": 0, "options": ChestInput(size=SIZE)}
-    return ChestCTDataset(data_root=root, items_json=root / "itemized.json", **(options | changes))
+    return ChestScans(data_root=root, items_json=root / "itemized.json", **(options | changes))
 
 
 def test_volume_names():
@@ -325,7 +325,7 @@ def test_excluded_reconstructions():
 def test_evaluation_scan_keeps_all_items(tmp_path):
     write_tree(tmp_path)
     dataset = open_scans(tmp_path, is_train=False)
-    assert dataset[0].items == dataset.items_of(0) == ["emphysema.", "no nodule", "effusion"]
+    assert dataset[0].items == dataset.items(0) == ["emphysema.", "no nodule", "effusion"]
     hu = chest_hu((13, 40, 40))
     np.testing.assert_allclose(dataset[0].image[0, 0].numpy(), plain_input(hu.numpy(), (0, 0, 0)), atol=1e-5)
 
@@ -337,7 +337,7 @@ def test_broken_reconstruction_gives_way_to_another(tmp_path):
     dataset = open_scans(tmp_path)
     items = [open_scans(tmp_path)[(epoch, 0)].items for epoch in range(8)]
     assert all(dataset[(epoch, 0)].image.shape == (1, 1, *SIZE) for epoch in range(8))
-    assert list(dataset.skipped_recons) == [(0, 1), (0, 2)]
+    assert list(dataset.skipped) == [(0, 1), (0, 2)]
     (tmp_path / parse_volume_name("train_1_a_1").path).unlink()
     with pytest.raises(BadSampleError, match=r"scan train_1_a: .*2 more.*no reconstruction of this scan"):
         dataset[(0, 0)]

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import ROOT, fails, run
-from itemizedclip_radiology import train_chest as training
 from itemizedclip_radiology.benchmarks import zero_shot_ct_rate as zeroshot_ct_rate
 from itemizedclip_radiology.benchmarks import zero_shot_rad_chestct as zeroshot_rad_chestct
 from itemizedclip_radiology.benchmarks.chest_ct import CHEST_CLASSES, RAD_CHESTCT_CLASSES
@@ -30,7 +29,7 @@ from itemizedclip_radiology.benchmarks.operating_points import (
 )
 from itemizedclip_radiology.data.ct_rate_tree import parse_volume_name
 from itemizedclip_radiology.models.radiology_model import RadiologyItemizedCLIP
-from itemizedclip_radiology.recipes_chest import RECIPES
+from itemizedclip_radiology.recipes import ctrate, ctrate_debug, main_chest
 from itemizedclip_radiology.synthetic.cohort import write_ct_rate, write_rad_chestct
 from PIL import Image
 from sklearn.metrics import f1_score
@@ -113,7 +112,7 @@ def trained(cohort, tmp_path_factory) -> Path:
 def train(cohort: Cohort, logs: Path, *flags: str) -> dict[str, float]:
     """Training in this process; the last evaluation."""
     here = ("--data-root", str(cohort.ct_rate), "--items-json", str(cohort.items), "--logs", str(logs))
-    return training.main(["--recipe", "ctrate_debug", *SMALL, *here, *flags]).metrics
+    return main_chest(["--recipe", "ctrate_debug", *SMALL, *here, *flags]).metrics
 
 
 def metrics_of(folder: Path, kind: str) -> list[dict]:
@@ -125,7 +124,7 @@ def metrics_of(folder: Path, kind: str) -> list[dict]:
 
 
 def test_recipe_holds_the_published_numbers():
-    recipe = RECIPES["ctrate"]()
+    recipe = ctrate()
     model, optimizer, objective = recipe.model, recipe.optimizer, recipe.objective
     assert model.model == "CTRATE_HLIP_BiomedBERT_itemizedclip"
     assert (model.precision, model.grad_checkpointing, model.lock_text) == ("amp", True, True)
@@ -138,7 +137,7 @@ def test_recipe_holds_the_published_numbers():
     assert objective.normal_check
     assert recipe.data.input_info == ("-1150", "350", "crop")
     assert recipe.initial.text_model.endswith("CXR-BERT-specialized")
-    assert RECIPES["ctrate_debug"]().objective == objective
+    assert ctrate_debug().objective == objective
 
 
 def test_training_writes_a_run_folder_and_evaluates_every_epoch(cohort, trained):

@@ -11,8 +11,8 @@ import torch
 from itemizedclip_radiology.benchmarks.chest_ct import open_ct_rate, open_rad_chestct
 from itemizedclip_radiology.benchmarks.head_ct import CQ500_PROMPTS, RSNA_PROMPTS, open_cq500, open_rsna
 from itemizedclip_radiology.benchmarks.pub_brain_5 import open_pub_brain_5
-from itemizedclip_radiology.data.chest import ChestCTDataset, ChestInput, load_chest_volume
-from itemizedclip_radiology.data.study_dataset import StudyDataset, find_study_files
+from itemizedclip_radiology.data.brain import BrainStudies, find_study_files
+from itemizedclip_radiology.data.chest import ChestInput, ChestScans, load_chest_volume
 from itemizedclip_radiology.synthetic.cohort import (
     CohortFolder,
     main,
@@ -129,7 +129,7 @@ def test_training_folders_open_as_they_are(cohort, part):
     planted = open_cohort(cohort / part)
     ids = []
     for json_path, is_train in ((files.train_json, True), (files.valid_json, False)):
-        dataset = StudyDataset(
+        dataset = BrainStudies(
             data_root=files.data_root,
             json_path=json_path,
             is_train=is_train,
@@ -148,7 +148,7 @@ def test_training_folders_open_as_they_are(cohort, part):
             assert sample.is_normal == (not findings)
             if findings:
                 assert sorted(sample.items) == sorted(str(finding["item"]) for finding in findings)
-        assert len(dataset.skipped_series) == 0
+        assert len(dataset.skipped) == 0
     assert len(set(ids)) == 12
     assert set(ids) == set(planted.studies)
 
@@ -216,7 +216,7 @@ def test_pub_brain_5(cohort):
 
 def test_chest_folders(cohort):
     options = ChestInput(size=(16, 48, 48))
-    dataset = ChestCTDataset(
+    dataset = ChestScans(
         data_root=cohort / "ct_rate",
         items_json=cohort / "ct_rate" / "itemized.json",
         is_train=True,
@@ -247,7 +247,7 @@ def test_saved_margin_is_cropped_away(tmp_path):
     write_studies(tmp_path, kind="mri", num_train=1, num_valid=1, size=(8, 28, 28), with_margin=True)
     (path, *_) = sorted((tmp_path / "train").rglob("img.pt"))
     assert torch.load(path).shape == (8, 32, 32)
-    dataset = StudyDataset(
+    dataset = BrainStudies(
         data_root=tmp_path,
         json_path=tmp_path / "train.json",
         is_train=True,

@@ -16,22 +16,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import ROOT, fails, run
-from itemizedclip_radiology import train_studies as training
 from itemizedclip_radiology.benchmarks import zero_shot, zero_shot_cq500, zero_shot_pub_brain_5, zero_shot_rsna
 from itemizedclip_radiology.benchmarks.pub_brain_5 import open_pub_brain_5
 from itemizedclip_radiology.benchmarks.zero_shot import plan_batches
 from itemizedclip_radiology.benchmarks.zero_shot_pub_brain_5 import task_measures
-from itemizedclip_radiology.data.study_dataset import find_study_files
+from itemizedclip_radiology.data.brain import find_study_files
+from itemizedclip_radiology.models.initial import build_model
 from itemizedclip_radiology.models.series_names import encode_series_names
 from itemizedclip_radiology.models.text_tower import bert_config_of, load_bert_tokenizer
-from itemizedclip_radiology.recipes_studies import RECIPES, StudyRun
+from itemizedclip_radiology.recipes import StudyRun, ct, main_studies, mri
 from itemizedclip_radiology.synthetic.cohort import write_head_ct_benchmarks, write_pub_brain_5, write_studies
-from itemizedclip_radiology.training import build_model
 from sklearn.metrics import f1_score, roc_auc_score
 
 from itemizedclip.commands import explain
 from itemizedclip.models.factory import load_model_config, load_pretrained
-from itemizedclip.training.options import parse_run
+from itemizedclip.training.recipes import RECIPES, parse_recipe
 
 SCRIPTS = ROOT / "Radiology_Tasks" / "src" / "open_mri_test"
 SIZE = (8, 32, 32)
@@ -83,12 +82,12 @@ def trained(cohort, tmp_path_factory) -> Path:
 
 def train(*flags: str) -> None:
     """Training in this process."""
-    training.main(["--recipe", "mri_debug", *SMALL, *flags])
+    main_studies(["--recipe", "mri_debug", *SMALL, *flags])
 
 
 def parse(*flags: str) -> StudyRun:
     """The options of these flags."""
-    return parse_run(RECIPES, "mri_debug", [*SMALL, *flags])
+    return parse_recipe("mri_debug", [*SMALL, *flags])
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ def parse(*flags: str) -> StudyRun:
 
 def test_recipes_hold_the_published_numbers():
     for name in ("mri", "ct"):
-        recipe = RECIPES[name]()
+        recipe = RECIPES.load(name)()
         assert recipe.model.model == "HLIPSN_BiomedBERT_81616_itemizedclip"
         assert (recipe.model.precision, recipe.model.grad_checkpointing) == ("amp", True)
         assert (recipe.loading.batch_size, recipe.loading.accum_batch, recipe.loading.step_batch) == (8, 4, 32)
@@ -109,8 +108,8 @@ def test_recipes_hold_the_published_numbers():
         assert (objective.kta_weight, objective.key_token_fraction) == (1, 0.05)
         assert (objective.mps_weight, objective.iis_weight, objective.worst_positive_factor) == (0.01, 1, 1.5)
         assert objective.normal_check
-        assert RECIPES[f"{name}_debug"]().objective == objective
-    assert RECIPES["mri"]().initial.text_model.endswith("BiomedBERT-base-uncased-abstract-fulltext")
+        assert RECIPES.load(f"{name}_debug")().objective == objective
+    assert mri().initial.text_model.endswith("BiomedBERT-base-uncased-abstract-fulltext")
 
 
 def test_training_writes_a_run_folder_and_validates_every_epoch(trained):
@@ -246,8 +245,8 @@ def test_validation_index_of_both_names(cohort, tmp_path, capsys):
     assert "take val.json with --is-ct" in fails(capsys, train, *here)
     for flag in ("--is-ct", "--ct"):
         assert find_study_files(cohort.ct, tmp_path, is_ct=parse(*here, flag).data.is_ct).valid_json.name == "val.json"
-    assert RECIPES["ct"]().data.is_ct
-    assert not RECIPES["mri"]().data.is_ct
+    assert ct().data.is_ct
+    assert not mri().data.is_ct
     (tmp_path / "val.json").unlink()
     assert find_study_files(cohort.ct, tmp_path, is_ct=True).valid_json.name == "valid.json"
 
@@ -672,7 +671,7 @@ def test_full_size_benchmark_prepares_whole_studies_and_the_published_text_tower
     assert [len(study.series) for study in benchmark.studies] == [10, 10]
     assert benchmark.load(0, size=SIZE).image.shape == (10, 1, *SIZE)
     domain = full_size.DOMAINS["mri"]
-    assert domain.model == RECIPES[domain.recipe]().model.model
+    assert domain.model == RECIPES.load(domain.recipe)().model.model
     bert = full_size.write_bert(tmp_path / "bert", domain.model)
     assert bert_config_of(bert) == load_model_config(domain.model)["text_cfg"]["hf_config"]
     assert load_bert_tokenizer(bert, 256)(["Acute stroke."]).shape == (1, 256)

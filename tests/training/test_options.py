@@ -20,8 +20,8 @@ from itemizedclip.training.options import (
     flatten_options,
     options_from_dict,
     options_to_dict,
-    parse_run,
 )
+from itemizedclip.training.recipes import parse_run
 
 
 @dataclass(frozen=True)

@@ -544,7 +544,7 @@ def test_bad_input_gives_one_message(checkpoint, picture, tmp_path, capsys):
         "give one of them": [*common, "--items", "x", "--items-file", str(empty)],
         "empty.txt: holds no text": [*common, "--items-file", str(empty)],
         "expected a list of texts": [*common, "--items-file", str(wrong_json)],
-        "cannot be read": [*common, "--items-file", str(binary)],
+        "is no UTF-8 text": [*common, "--items-file", str(binary)],
         "one text per line": [*common, "--items-file", str(tmp_path / "none.txt")],
         "is a folder": [*common, "--items", "x", "--output", str(tmp_path)],
         "cannot write there": [*common, "--items", "x", "--output", str(empty / "page.html")],

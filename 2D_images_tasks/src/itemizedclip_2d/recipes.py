@@ -8,14 +8,21 @@ python 2D_images_tasks/src/main.py --recipe itemized_cc0.3M_debug --train-data '
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from itemizedclip.runtime.errors import UserError
+from itemizedclip.data.items import load_item_lists
+from itemizedclip.data.preflight import PreflightError, check_dataset
+from itemizedclip.models.factory import create_transform
+from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.processes import on_main
+from itemizedclip.training.engine import TrainResult
+from itemizedclip.training.loading import MapSource
 from itemizedclip.training.options import (
     LoadingSettings,
     ModelSettings,
@@ -24,6 +31,13 @@ from itemizedclip.training.options import (
     RunOptions,
     RunSettings,
 )
+from itemizedclip.training.recipes import Opening, TrainingData, train_door
+from itemizedclip.training.run import Evaluator
+from itemizedclip_2d.rsicd import RsicdDataset, load_external_captions, resolve_validation_split
+from itemizedclip_2d.shard_index import expand_shards, open_shards
+from itemizedclip_2d.shards import ShardDataset, ShardSampler
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,51 @@ class RsicdData:
 
     cache_dir: Path | None = None
     """Folder for the image cache; default beside the CSV."""
+
+    def open(self, opening: Opening) -> TrainingData:
+        """RSICD's training split and the retrieval evaluator over its validation split.
+
+        Raises:
+            FileNotFoundError: a CSV or item file is missing.
+            ValueError: no --rsicd-data-dir, or files that do not belong together.
+        """
+        options, config, ranks = opening.options, opening.model.config, opening.ranks
+        folder = self.rsicd_dir
+        if folder is None:
+            raise MissingFileError(
+                "--rsicd-data-dir is not set; give the folder with train.csv, valid.csv and test.csv"
+            )
+        files = None
+        if self.external_captions != "captions":
+            files = load_external_captions(self.external_captions)
+        validation = resolve_validation_split(folder, files)
+        if ranks.is_main:
+            logger.info(validation.message)
+
+        def split(csv_path: Path, items_path: Path | None, *, is_train: bool) -> RsicdDataset:
+            return RsicdDataset(
+                csv_path=csv_path,
+                transform=create_transform(config, is_train=is_train),
+                items=None if items_path is None else load_item_lists(items_path, integer_keys=True),
+                items_path=items_path,
+                num_items=options.loading.num_sampled_captions,
+                is_train=is_train,
+                seed=options.run.seed,
+                cache_dir=self.cache_dir,
+                on_bad_sample=options.loading.on_bad_sample,
+            )
+
+        def training_split() -> RsicdDataset:
+            return split(folder / "train.csv", None if files is None else files["train"], is_train=True)
+
+        def validation_split() -> RsicdDataset:
+            return split(validation.csv_path, validation.items_path, is_train=False)
+
+        # The main rank opens both first: one process builds the caches and reports what is wrong with the files.
+        on_main(lambda: len(training_split()) + len(validation_split()))
+        dataset = training_split()
+        evaluator = opening.retrieval(validation_split(), f"rsicd_{validation.split}")
+        return TrainingData(dataset, [evaluator], dataset.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -114,6 +173,76 @@ class ShardData:
             if value is not None and value < lowest:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; expected at least {lowest}")
 
+    def open(self, opening: Opening) -> TrainingData:
+        """Natural images from shards, in their own order, and the retrieval evaluator over the validation shards.
+
+        Raises:
+            PreflightError: no --train-data, shards that are missing or hold too little, or too many bad samples.
+            FileNotFoundError, ValueError: an item file that is missing or no item file.
+        """
+        options, config, ranks = opening.options, opening.model.config, opening.ranks
+        loading = options.loading
+        if not self.train_data:
+            raise PreflightError("--train-data is not set; give the training shards, such as 'DIR/{00000..00057}.tar'")
+        items_path = None if self.external_captions == "captions" else Path(self.external_captions)
+
+        def split(sources: str, *, is_train: bool) -> ShardDataset:
+            shards = open_shards(
+                expand_shards(sources),
+                caption_field=self.caption_field,
+                # In training a bad image is replaced when it comes up; in validation none may be.
+                decode_images=not is_train,
+                cache_dir=self.cache_dir,
+            )
+            return ShardDataset(
+                shards,
+                transform=create_transform(config, is_train=is_train),
+                items=None if items_path is None else load_item_lists(items_path, integer_keys=True),
+                items_path=items_path,
+                num_items=loading.num_sampled_captions,
+                is_train=is_train,
+                seed=options.run.seed,
+                on_bad_sample=loading.on_bad_sample,
+                max_bad_fraction=loading.max_bad_fraction,
+                max_samples=None if is_train else self.val_num_samples,
+                read_ahead=is_train and self.shard_window > 0,
+            )
+
+        def order(dataset: ShardDataset) -> ShardSampler:
+            return ShardSampler(
+                dataset.shard_of,
+                batch_size=loading.step_batch,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                seed=options.run.seed,
+                samples_per_epoch=self.train_num_samples,
+                window=self.shard_window,
+                resampled=self.dataset_resampled,
+            )
+
+        def check() -> None:
+            dataset = split(self.train_data, is_train=True)
+            order(dataset)
+            check_dataset(dataset, opening.collator, step_batch=1, world_size=1)
+            logger.info("Training shards: %s", dataset.summary)
+            if self.val_data:
+                logger.info("Validation shards: %s", split(self.val_data, is_train=False).summary)
+
+        # The main rank first: one process reads new shards and reports what is wrong with the files.
+        on_main(check)
+        dataset = split(self.train_data, is_train=True)
+        sampler = order(dataset)
+        if ranks.is_main and sampler.num_samples >= 2 * len(dataset):
+            logger.warning(
+                "an epoch of %d samples passes over the %d images %.1f times; one pass: --train-num-samples None",
+                sampler.num_samples, len(dataset), sampler.num_samples / len(dataset),
+            )  # fmt: skip
+        evaluators: list[Evaluator] = []
+        if self.val_data:
+            evaluators.append(opening.retrieval(split(self.val_data, is_train=False), "val"))
+        source = MapSource(dataset, opening.collator, loading, ranks, seed=options.run.seed, sampler=sampler)
+        return TrainingData(dataset, evaluators, dataset.fingerprint, source)
+
 
 @dataclass(frozen=True)
 class ShardRun(RunOptions):
@@ -157,9 +286,7 @@ def itemized_cc03m_debug() -> ShardRun:
     )
 
 
-RECIPES: dict[str, Callable[[], RsicdRun | ShardRun]] = {
-    "rsicd": rsicd,
-    "rsicd_debug": rsicd_debug,
-    "itemized_cc0.3M": itemized_cc03m,
-    "itemized_cc0.3M_debug": itemized_cc03m_debug,
-}
+def main(argv: Sequence[str] | None = None) -> TrainResult:
+    """Entry point of the published script 2D_images_tasks/src/main.py."""
+    names = ("rsicd", "rsicd_debug", "itemized_cc0.3M", "itemized_cc0.3M_debug")
+    return train_door(names, argv, description="Train ItemizedCLIP on photographs and remote-sensing images.")

@@ -9,25 +9,23 @@ Axes: K item slots, D H W voxels.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from itemizedclip.data.batch import BadSampleError, ItemSample
-from itemizedclip.data.items import is_normal_study, normalise_item, sample_items, sample_rng
+from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.items import normalise_item
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip_radiology.data.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, is_scan_name, parse_volume_name
 from itemizedclip_radiology.data.reports import StudyIndex, report_items
-from itemizedclip_radiology.data.studies import LoadedStudy, SkippedSeries, Study
+from itemizedclip_radiology.data.studies import LoadedStudy, Study
+from itemizedclip_radiology.data.study_dataset import StudyDataset
 from itemizedclip_radiology.data.volume_cache import CacheType, VolumeCache
 from itemizedclip_radiology.data.volumes import (
     CHEST_SIZE,
@@ -133,6 +131,18 @@ class ChestVolume:
 
     image: Tensor
     voxel_map: VoxelMap
+
+    def as_study(self, name: str, path: Path) -> LoadedStudy:
+        """The volume as a study of one series."""
+        return LoadedStudy(
+            image=self.image,
+            names=[name],
+            series_names=None,
+            sources=[path],
+            voxel_maps=[self.voxel_map],
+            grey_ranges=[],
+            skipped=[],
+        )
 
 
 def read_hu(path: Path, options: ChestInput) -> Tensor:
@@ -244,15 +254,7 @@ class ChestReader:
             cache=self.cache,
             cache_name=file.path.relative_to(self.root),
         )
-        return LoadedStudy(
-            image=volume.image,
-            names=[file.name],
-            series_names=None,
-            sources=[file.path],
-            voxel_maps=[volume.voxel_map],
-            grey_ranges=[],
-            skipped=[],
-        )
+        return volume.as_study(file.name, file.path)
 
     def facts(self) -> dict[str, Any]:
         """What scores depend on, besides the size, which is part of the model's config."""
@@ -298,15 +300,15 @@ def find_items_json(items_json: str | Path | None = None) -> Path:
     return path
 
 
-class ChestCTDataset(Dataset[ItemSample]):
-    """Scans of CT-RATE with the items of their reports, lower-cased.
+class ChestScans(StudyDataset):
+    """Scans of CT-RATE with the items of their reports, lower-cased; images are float32 (1, 1, D, H, W).
 
-    Training: one reconstruction of the scan at random per epoch, a random padded crop, K random items. Evaluation: the
-    first reconstruction, a centred crop, all items in order. All random choices follow from (seed, epoch, index).
-
-    A reconstruction that is missing or cannot be used is skipped for another one of the scan, logged once and counted
-    (`skipped_recons`); a scan without any raises BadSampleError. Images are float32 (1, 1, D, H, W).
+    Training: one reconstruction of the scan at random per epoch, a random padded crop. Evaluation: the first
+    reconstruction, a centred crop. One that cannot be used is skipped for another one of the scan.
     """
+
+    what_files = "reconstructions"
+    chest_ct = True
 
     def __init__(
         self,
@@ -333,72 +335,56 @@ class ChestCTDataset(Dataset[ItemSample]):
             on_bad_sample: what to do about JSON entries that cannot be used: "stop" raises, "skip" leaves them out.
 
         Raises:
-            FileNotFoundError: no JSON file.
-            ValueError: num_items below 1, no usable scan, or a cache with another window.
+            MissingFileError: no JSON file.
+            UserError: num_items below 1, no usable scan, or a cache with another window.
             BadSampleError: a JSON entry that cannot be used, with on_bad_sample="stop"; names scan and field.
         """
-        if num_items < 1:
-            raise UserError(f"num_items must be at least 1, got {num_items}")
         self.options = options or ChestInput()
         if cache is not None and cache.window != self.options.window:
             raise UserError(f"the cache has {cache.window}, the input {self.options.window}; give both the same")
         self.data_root = Path(data_root).expanduser()
-        self.is_train = is_train
-        self.num_items = num_items
-        self.seed = seed
         self.cache = cache
-        self.index = StudyIndex(items_json, _check_scan, on_bad_sample=on_bad_sample)
-        self.skipped_recons = SkippedSeries([len(self.index[i]["recons"]) for i in range(len(self.index))])
+        index = StudyIndex(items_json, _check_scan, on_bad_sample=on_bad_sample)
+        counts = [len(index[row]["recons"]) for row in range(len(index))]
+        super().__init__(index, files_per_study=counts, is_train=is_train, num_items=num_items, seed=seed)
 
-    def __len__(self) -> int:
-        return len(self.index)
+    @property
+    def folder(self) -> Path:
+        """The folder of train/ and valid/."""
+        return self.data_root
 
-    def __getitem__(self, key: int | tuple[int, int]) -> ItemSample:
-        """Scan of an index, or of (epoch, index); an index alone means epoch 0.
-
-        Raises:
-            IndexError: index outside the dataset.
-            BadSampleError: no reconstruction of the scan can be used.
-        """
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        entry = self.index[index]
-        scan, recons, items = entry["study"], entry["recons"], entry["report"]
-        generator: np.random.Generator | None = None
-        order = list(range(len(recons)))
-        if self.is_train:
-            generator = sample_rng(self.seed, epoch, index)
-            # Items first: how many random numbers a crop takes must not change them.
-            drawn_items = sample_items(items, self.num_items, generator)
-            order = generator.permutation(len(recons)).tolist()
-        else:
-            drawn_items = list(items)
-        image = self._first_usable(index, scan, recons, order, generator)
-        return ItemSample(
-            sample_id=scan, image=image, items=drawn_items, is_normal=is_normal_study(items, chest_ct=True)
-        )
-
-    def _first_usable(
-        self, index: int, scan: str, recons: list[str], order: list[int], generator: np.random.Generator | None
-    ) -> Tensor:
+    def load(self, row: int, generator: np.random.Generator | None) -> LoadedStudy:
+        """See `StudyDataset`."""
+        scan, recons = self.index[row]["study"], self.index[row]["recons"]
+        order = range(len(recons)) if generator is None else generator.permutation(len(recons)).tolist()
         messages = []
         for recon in order:
             name = parse_volume_name(recons[recon]).path
+            path = self.data_root / name
             try:
-                return load_chest_volume(
-                    self.data_root / name, self.options, generator=generator, cache=self.cache, cache_name=name
-                ).image
+                volume = load_chest_volume(path, self.options, generator=generator, cache=self.cache, cache_name=name)
             except BadSampleError as error:
                 messages.append(f"scan {scan}: {error}")
-                self.skipped_recons.add(index, recon, messages[-1])
+                self.skipped.add(row, recon, messages[-1])
+                continue
+            return volume.as_study(recons[recon], path)
         more = f" (and {len(messages) - 1} more reconstructions)" if len(messages) > 1 else ""
         raise BadSampleError(f"{messages[0]}{more}: no reconstruction of this scan can be used")
 
-    def items_of(self, index: int) -> list[str]:
-        """All items of a scan, in the report's order."""
-        return self.index[index]["report"]
+    def why_unusable(self, row: int) -> str | None:
+        """See `StudyDataset`."""
+        messages = []
+        for recon in self.index[row]["recons"]:
+            try:
+                read_volume(self.data_root / parse_volume_name(recon).path, memory_map=True)
+            except BadSampleError as error:
+                messages.append(f"scan {self.index[row]['study']}: {error}")
+                continue
+            return None
+        return messages[0]
 
     def without_folder(self) -> list[str]:
-        """Scans whose patient has no folder, in order: one listing per split, however many scans there are."""
+        """Scans whose patient has no folder; see `StudyDataset`."""
         on_disk: dict[str, set[str]] = {}
         absent = []
         for row in range(len(self)):
@@ -409,15 +395,6 @@ class ChestCTDataset(Dataset[ItemSample]):
             if f"{volume.split}_{volume.patient}" not in on_disk[volume.split]:
                 absent.append(volume.scan)
         return absent
-
-    @cached_property
-    def fingerprint(self) -> dict[str, str | int]:
-        """What a checkpoint remembers of this split. JSON-able."""
-        return {
-            "json_sha256": hashlib.sha256(self.index.path.read_bytes()).hexdigest(),
-            "num_studies": len(self),
-            "num_skipped": len(self.index.skipped),
-        }
 
 
 def _check_scan(scan: str, entry: Mapping[str, Any]) -> dict[str, Any]:

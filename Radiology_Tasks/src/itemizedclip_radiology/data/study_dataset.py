@@ -1,189 +1,89 @@
-"""Brain MRI and head CT studies for training and validation.
+"""Studies with the items of their reports, for training and validation; a subclass knows their files.
 
-Files: ROOT/STUDY/SERIES/img.pt or ROOT/<split>/STUDY/SERIES/img.pt, where <split> is the stem of the JSON file, and
-train.json, valid.json (or val.json):
-
-    {"STUDY": {"series": {"AX_FLAIR": {}, "AX_T2": {}}, "report": ["item", "item"]}}
-
-A report may also be one numbered text ("1. …", a line each). img.pt holds 48×224×224 or 48×256×256 grey values.
-
-Axes: S series, K item slots, D H W voxels.
+Axes: S series, K item slots.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
-from itemizedclip.data.batch import ItemSample
+from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.items import is_normal_study, sample_items, sample_rng
-from itemizedclip.runtime.errors import MissingFileError, UserError
-from itemizedclip_radiology.data.reports import StudyIndex, check_names, report_items
-from itemizedclip_radiology.data.studies import LoadedStudy, SeriesFile, SkippedSeries, load_study
-from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size
+from itemizedclip.data.preflight import PreflightError
+from itemizedclip.runtime.collectives import gather_objects
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import file_sha256
+from itemizedclip.training.options import LoadingSettings
+from itemizedclip_radiology.data.reports import StudyIndex
+from itemizedclip_radiology.data.studies import LoadedStudy, SkippedSeries
 
-NUM_SERIES = 10
-"""Series slots of a study in every published recipe."""
+logger = logging.getLogger(__name__)
 
-VOLUME_FILE = "img.pt"
-
-_SPLIT_ALIASES = {"valid": "val", "val": "valid"}
-_STUDIES_LOOKED_FOR = 50
+_MOST_LISTED = 5
 
 
-@dataclass(frozen=True)
-class StudyFiles:
-    """Where training and validation studies are.
+class StudyDataset(Dataset[ItemSample], ABC):
+    """N studies and their items.
+
+    Training: K random items, and whatever the subclass draws of the files. Evaluation: all items in the report's order
+    and nothing random. All random choices follow from (seed, epoch, index); items are drawn first and before a file is
+    read, so that neither a broken file nor the number of draws of a crop changes them.
+
+    A file that is missing or cannot be used is skipped, logged once and counted (`skipped`); a study without any
+    raises BadSampleError.
 
     Attributes:
-        data_root: folder of studies, or of split folders.
-        train_json: index of the training studies.
-        valid_json: index of the validation studies.
+        index: the studies and what is kept of their JSON entries, the items under "report".
+        is_train: see above.
+        skipped: (study, file) numbers of the files that could not be used, over all loader workers.
+        what_files: what the files of a study are called, for messages.
+        chest_ct: how normal studies are recognised (see `is_normal_study`).
     """
 
-    data_root: Path
-    train_json: Path
-    valid_json: Path
-
-
-def find_study_files(
-    data_root: str | Path | None = None, json_root: str | Path | None = None, *, is_ct: bool = False
-) -> StudyFiles:
-    """The files of a training run from two folders, by default those of DATA_ROOT and JSON_ROOT in the environment.
-
-    Without JSON_ROOT the index files are looked for in the data folder. The validation index is valid.json or
-    val.json, whichever exists; of both, val.json with `is_ct`, as the published code takes it.
-
-    Raises:
-        ValueError: no data folder given, or both valid.json and val.json without `is_ct`.
-        FileNotFoundError: a folder or an index file is missing.
-    """
-    data = data_root or os.environ.get("DATA_ROOT")
-    if not data:
-        raise UserError("no study folder given: set --data-root or DATA_ROOT to the folder of STUDY/SERIES/img.pt")
-    data_folder = Path(data).expanduser()
-    json_folder = Path(json_root or os.environ.get("JSON_ROOT") or data_folder).expanduser()
-    for folder, flag in ((data_folder, "--data-root, DATA_ROOT"), (json_folder, "--json-root, JSON_ROOT")):
-        if not folder.is_dir():
-            raise MissingFileError(f"{folder}: no such folder ({flag})")
-    train_json = json_folder / "train.json"
-    valid_jsons = [path for path in (json_folder / "valid.json", json_folder / "val.json") if path.is_file()]
-    if not train_json.is_file():
-        raise MissingFileError(f"{train_json}: no such file; expected the index of the training studies (--json-root)")
-    if not valid_jsons:
-        raise MissingFileError(f"{json_folder}: neither valid.json nor val.json; expected the validation studies")
-    if len(valid_jsons) == 2 and not is_ct:
-        raise UserError(
-            f"{json_folder}: holds valid.json and val.json; remove or rename the one not meant, or take val.json with "
-            "--is-ct"
-        )
-    return StudyFiles(data_folder, train_json, valid_jsons[-1])
-
-
-def find_study_folder(data_root: Path, split: str, studies: Sequence[str]) -> Path:
-    """The folder that holds a split's studies: ROOT/<split> (valid may be called val and the reverse), else ROOT.
-
-    Args:
-        data_root: ROOT.
-        split: stem of the JSON file.
-        studies: some study ids to look for.
-
-    Raises:
-        FileNotFoundError: none of these studies is in any of the folders.
-    """
-    names = [split, *([_SPLIT_ALIASES[split]] if split in _SPLIT_ALIASES else [])]
-    candidates = [*(data_root / name for name in names), data_root]
-    for folder in candidates:
-        if any((folder / study).is_dir() for study in studies):
-            return folder
-    raise MissingFileError(
-        f"none of {len(studies)} studies of {split}.json ({studies[0]}, …) is a folder in "
-        f"{' or '.join(map(str, candidates))}; give the folder that holds STUDY/SERIES/{VOLUME_FILE}"
-    )
-
-
-def repeat_to_exactly(num_slots: int, num_series: int) -> list[int]:
-    """Series of each slot in training: all in turn, again from the first when there are fewer than slots."""
-    return [slot % num_series for slot in range(num_slots)]
-
-
-def repeat_to_at_least(num_slots: int, num_series: int) -> list[int]:
-    """Series of each slot in evaluation: the whole list as often as needed to fill the slots, never cut."""
-    return list(range(num_series)) * -(-num_slots // num_series)
-
-
-class StudyDataset(Dataset[ItemSample]):
-    """Whole studies: all series stacked, with the report's items.
-
-    Training: series in random order, `num_series` slots (repeated when there are fewer), one random in-plane crop per
-    study for files with a margin, K random items. Evaluation: series and items in the file's order, all of them,
-    series repeated to at least `num_series`, centre crop. All random choices follow from (seed, epoch, index).
-
-    A series that is missing or cannot be used is skipped, logged once and counted (`skipped_series`); a study without
-    any raises BadSampleError.
-
-    Images are float32, 96 MB for 10 series of 48×224×224. On one core a study is read, cropped and normalised in 60 ms
-    (uint8 files; float32 ones at 256×256: 86 ms) and joined to its batch in 57 ms, most of it for fresh memory. The 32
-    studies of a published step take 4 workers 0.9 s, while the model computes 0.5 PFLOP (16 TFLOP per study with
-    checkpointing; 1.7 s at 300 TFLOP/s), so no step should wait for data. Bytes until the device would take a third of
-    that time and a quarter of the memory, but everything that reads a batch would have to know its grey range, and
-    files of float values would lose digits.
-
-    In evaluation studies differ in S when they have more than `num_series` series, so load them with batch size 1.
-    """
+    what_files = "series"
+    chest_ct = False
 
     def __init__(
-        self,
-        *,
-        data_root: str | Path,
-        json_path: str | Path,
-        is_train: bool,
-        num_items: int,
-        seed: int,
-        num_series: int = NUM_SERIES,
-        volume_size: Size = BRAIN_SIZE,
-        reports: Mapping[str, Sequence[str]] | None = None,
-        on_bad_sample: Literal["skip", "stop"] = "stop",
+        self, index: StudyIndex, *, files_per_study: Sequence[int], is_train: bool, num_items: int, seed: int
     ) -> None:
-        """Open a split; reads the JSON file and looks for a few studies, no volume.
-
-        Args:
-            data_root: folder of studies, or of split folders named like the JSON file.
-            json_path: index of the studies.
-            is_train: see above.
-            num_items: K, items drawn per training study; not used in evaluation.
-            seed: seed of all random choices.
-            num_series: series slots.
-            volume_size: voxels (D, H, W) of every series, multiples of the model's patch.
-            reports: study → items, used instead of the report in the JSON (see `read_report_table`).
-            on_bad_sample: what to do about JSON entries that cannot be used: "stop" raises, "skip" leaves them out.
-
-        Raises:
-            FileNotFoundError: no JSON file, or none of a few of its studies below the data folder.
-            ValueError: num_items or num_series below 1, no usable study.
-            BadSampleError: a JSON entry that cannot be used, with on_bad_sample="stop"; names study and field.
-        """
-        for name, value in (("num_items", num_items), ("num_series", num_series)):
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        if num_items < 1:
+            raise UserError(f"num_items must be at least 1, got {num_items}")
+        self.index = index
         self.is_train = is_train
         self.num_items = num_items
-        self.num_series = num_series
-        self.volume_size = volume_size
         self.seed = seed
-        check = _EntryCheck(reports or {})
-        self.index = StudyIndex(json_path, check, on_bad_sample=on_bad_sample)
-        spread = range(0, len(self.index), -(-len(self.index) // _STUDIES_LOOKED_FOR))
-        studies = [self.index[i]["study"] for i in spread]
-        self.study_folder = find_study_folder(Path(data_root).expanduser(), self.index.path.stem, studies)
-        self.skipped_series = SkippedSeries(check.series_counts)
+        self.skipped = SkippedSeries(files_per_study)
+
+    @abstractmethod
+    def load(self, row: int, generator: np.random.Generator | None) -> LoadedStudy:
+        """The images of one study; `generator` draws what is random in training, None is evaluation.
+
+        Raises:
+            BadSampleError: none of its files can be used.
+        """
+
+    @abstractmethod
+    def why_unusable(self, row: int) -> str | None:
+        """Why no file of a study can be used, None when one can; of each file only the beginning is read."""
+
+    @abstractmethod
+    def without_folder(self) -> list[str]:
+        """Studies that are not on disk, in order, from few listings of folders, however many studies there are."""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """Where the studies are, for messages."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -193,113 +93,132 @@ class StudyDataset(Dataset[ItemSample]):
 
         Raises:
             IndexError: index outside the dataset.
-            BadSampleError: no series of the study can be used.
+            BadSampleError: no file of the study can be used.
         """
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        entry = self.index[index]
-        study, series_names, items = entry["study"], entry["series"], entry["report"]
-        folder = self.study_folder / study
-        files = [SeriesFile(name, folder / name / VOLUME_FILE) for name in series_names]
-        if self.is_train:
-            generator = sample_rng(self.seed, epoch, index)
-            # Every choice is drawn before a file is read, so that a broken file does not change the others.
-            drawn_items = sample_items(items, self.num_items, generator)
-            crop_at = (float(generator.random()), float(generator.random()))
-            files = [files[i] for i in generator.permutation(len(files))]
-            loaded = load_study(
-                study,
-                files,
-                size=self.volume_size,
-                arrange=lambda num: repeat_to_exactly(self.num_series, num),
-                max_series=self.num_series,
-                crop_at=crop_at,
-            )
-        else:
-            drawn_items = list(items)
-            loaded = load_study(
-                study, files, size=self.volume_size, arrange=lambda num: repeat_to_at_least(self.num_series, num)
-            )
-        self._note_skipped(index, series_names, loaded)
+        epoch, row = key if isinstance(key, tuple) else (0, key)
+        items = self.items(row)
+        generator = sample_rng(self.seed, epoch, row) if self.is_train else None
+        drawn = list(items) if generator is None else sample_items(items, self.num_items, generator)
+        study = self.load(row, generator)
         return ItemSample(
-            sample_id=study,
-            image=loaded.image,
-            items=drawn_items,
-            is_normal=is_normal_study(items, chest_ct=False),
-            series_names=loaded.series_names,
+            sample_id=self.index[row]["study"],
+            image=study.image,
+            items=drawn,
+            is_normal=is_normal_study(items, chest_ct=self.chest_ct),
+            series_names=study.series_names,
         )
 
-    def items_of(self, index: int) -> list[str]:
-        """All items of a study, in the report's order."""
-        return self.index[index]["report"]
+    def items(self, row: int) -> list[str]:
+        """All items of a study, in the report's order; no image is read."""
+        return self.index[row]["report"]
 
     @property
     def studies(self) -> list[str]:
         """All study ids, in order, parsed anew."""
-        return [self.index[i]["study"] for i in range(len(self))]
-
-    def without_folder(self) -> list[str]:
-        """Studies that have no folder, in order: one listing of the study folder, however many studies there are."""
-        with os.scandir(self.study_folder) as entries:
-            on_disk = {entry.name for entry in entries}
-        return [study for study in self.studies if study not in on_disk]
-
-    def describe_first_study(self) -> str:
-        """One sentence for the log: where the studies are and how the first one's values and sizes were taken.
-
-        Raises:
-            BadSampleError: the first study cannot be used.
-        """
-        entry = self.index[0]
-        folder = self.study_folder / entry["study"]
-        files = [SeriesFile(name, folder / name / VOLUME_FILE) for name in entry["series"]]
-        loaded = load_study(entry["study"], files, size=self.volume_size)
-        ranges = " and ".join(sorted(set(loaded.grey_ranges)))
-        return (
-            f"{len(self):,} studies of {self.index.path} in {self.study_folder}; the first, {entry['study']}, has "
-            f"{len(loaded.names)} series ({', '.join(loaded.names)}) with grey values taken as {ranges}"
-        )
+        return [self.index[row]["study"] for row in range(len(self))]
 
     @cached_property
-    def fingerprint(self) -> dict[str, str | int]:
-        """What a checkpoint remembers of this split. JSON-able."""
-        return {
-            "json_sha256": hashlib.sha256(self.index.path.read_bytes()).hexdigest(),
+    def fingerprint(self) -> str:
+        """Identity of the split, for checkpoints."""
+        facts: dict[str, Any] = {
+            "json_sha256": file_sha256(self.index.path),
             "num_studies": len(self),
             "num_skipped": len(self.index.skipped),
         }
+        return json.dumps(facts)
 
-    def _note_skipped(self, index: int, series_names: list[str], loaded: LoadedStudy) -> None:
-        for entry, message in loaded.skipped:
-            self.skipped_series.add(index, series_names.index(entry.name), message)
+    def check_on_disk(self, loading: LoadingSettings) -> None:
+        """Stop before the first step when too many studies are not on disk: half a copy, or the wrong JSON file.
+
+        Raises:
+            PreflightError: more than --max-bad-fraction of the studies, or any with --on-bad-sample stop.
+        """
+        absent = self.without_folder()
+        if not absent:
+            return
+        shown = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
+        message = (
+            f"{len(absent):,} of {len(self):,} studies of {self.index.path} have no folder in {self.folder}: {shown}"
+        )
+        if loading.on_bad_sample == "stop":
+            raise PreflightError(f"{message}. Add them (--on-bad-sample skip goes on without them)")
+        if len(absent) > loading.max_bad_fraction * len(self):
+            raise PreflightError(
+                f"{message}, more than --max-bad-fraction {loading.max_bad_fraction:g} allows. Add them, take them out "
+                "of the JSON file, or raise the limit"
+            )
+        logger.warning("%s; others take their place", message)
+
+    def usable_rows(self, on_bad_sample: str) -> list[int]:
+        """`usable_rows` of this split."""
+        return usable_rows(len(self), self.why_unusable, source=self.index.path, on_bad_sample=on_bad_sample)
+
+    def report_skipped(self, what: str) -> None:
+        """Log how many files could not be used, over all ranks; every rank must call it."""
+        positions = {position for share in gather_objects(list(self.skipped)) for position in share}
+        if positions:
+            logger.warning("%d %s were skipped; log.txt names each", len(positions), what)
 
 
-@dataclass(frozen=True)
-class _EntryCheck:
-    """Checks one entry of the index; `reports` replace its report.
+@dataclass
+class UsableStudies:
+    """The studies of a split that can be opened, as the evaluators read them.
 
     Attributes:
-        reports: study → items.
-        series_counts: number of series of each study that passed, in order.
+        dataset: the split, in evaluation mode.
+        rows: which of its studies.
     """
 
-    reports: Mapping[str, Sequence[str]]
-    series_counts: list[int] = field(default_factory=list)
+    dataset: StudyDataset
+    rows: list[int]
 
-    def __call__(self, study: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-        check_names([study], "study")
-        series = entry.get("series")
-        if not isinstance(series, dict) or not series:
-            found = "nothing" if series is None else repr(series)[:60]
-            raise UserError(f"field 'series': expected an object with at least one series name, found {found}")
-        if study in self.reports:
-            items = list(self.reports[study])
-        elif "report" not in entry:
-            raise UserError("field 'report' is missing; expected a list of texts")
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> ItemSample:
+        return self.dataset[self.rows[index]]
+
+    def items(self, index: int) -> list[str]:
+        """All items of a study; its volumes are not read."""
+        return self.dataset.items(self.rows[index])
+
+
+def usable_rows(
+    count: int,
+    why_unusable: Callable[[int], str | None],
+    *,
+    source: Path,
+    on_bad_sample: str,
+    what: str = "study",
+) -> list[int]:
+    """Studies of a validation split that can be opened.
+
+    An evaluation cannot replace a study as training does, and should not end after hours of training.
+
+    Args:
+        count: studies of the split.
+        why_unusable: study number → why it cannot be opened, None when it can.
+        source: file that lists them.
+        on_bad_sample: "skip" leaves such studies out.
+        what: a study, for messages.
+
+    Raises:
+        BadSampleError: a study that cannot be opened, unless `on_bad_sample` is "skip".
+        PreflightError: no study is left.
+    """
+    rows, bad = [], []
+    for row in range(count):
+        message = why_unusable(row)
+        if message is None:
+            rows.append(row)
+        elif on_bad_sample == "stop":
+            raise BadSampleError(f"{message}. Fix it (--on-bad-sample skip goes on without it)")
         else:
-            try:
-                items = report_items(entry["report"])
-            except ValueError as error:
-                raise UserError(f"field 'report': {error}") from None
-        names = check_names(list(series), "series")
-        self.series_counts.append(len(names))
-        return {"series": names, "report": items}
+            bad.append(message)
+    if not rows:
+        raise PreflightError(f"{source}: no {what} can be used; the first: {bad[0]}")
+    for message in bad[:_MOST_LISTED]:
+        logger.warning("validation %s left out: %s", what, message)
+    if bad:
+        logger.warning("%d of %d of the validation split are left out", len(bad), count)
+    return rows
