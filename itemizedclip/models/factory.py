@@ -281,6 +281,46 @@ def _with_text_model(path: str | Path, config: Mapping[str, Any] | None, source:
     return change(config, source)
 
 
+HUB_PREFIX = "hf-hub:"
+"""What a name of a model on the Hugging Face hub begins with."""
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The checkpoint file that a path, a run folder or a name on the hub stands for.
+
+    Args:
+        source: a .pt or .safetensors file; a run folder, whose newest epoch is taken; or "hf-hub:owner/name", a
+            repository with `checkpoint.pt` as this project writes it.
+
+    Raises:
+        CheckpointError: a folder without checkpoints, or a repository that cannot be reached or has none.
+    """
+    if str(source).startswith(HUB_PREFIX):
+        return _from_hub(str(source)[len(HUB_PREFIX) :])
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    numbered = ((re.fullmatch(r"epoch_(\d+)\.pt", file.name), file) for file in folder.glob("*.pt"))
+    epochs = {int(match[1]): file for match, file in numbered if match}
+    if not epochs:
+        raise CheckpointError(f"{path}: a folder without epoch_N.pt; give a run folder, or a checkpoint file")
+    return epochs[max(epochs)]
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "checkpoint.pt"))
+    except Exception as error:  # no network, no such repository, no such file: the hub raises many types
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{HUB_PREFIX}{name}: checkpoint.pt cannot be fetched ({first}); without a network, bring that file and "
+            "give its path"
+        ) from error
+
+
 @dataclass
 class LoadedModel:
     """A model ready for evaluation.
@@ -291,6 +331,7 @@ class LoadedModel:
         tokenizer: texts → int64 (N, C).
         meta: what the checkpoint says of its run (epoch, step, options, transform, data fingerprint …).
         notes: keys skipped or changed while loading.
+        source: the file it came from.
     """
 
     model: DualEncoder
@@ -298,6 +339,18 @@ class LoadedModel:
     tokenizer: Callable[..., Tensor]
     meta: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    source: str = ""
+
+    @property
+    def transform(self) -> Callable[..., Tensor]:
+        """PIL picture → normalised float (3, H, W), as in evaluation.
+
+        Raises:
+            UserError: a model of studies, which are read from their files.
+        """
+        if self.config["vision_cfg"].get("tower", "vit") != "vit":
+            raise UserError("this model reads studies from their files: give paths to score() and explain()")
+        return create_transform(self.config, is_train=False)
 
 
 def load_pretrained(
@@ -333,4 +386,4 @@ def load_pretrained(
         chosen = _with_text_model(path, load_model_config(chosen) if isinstance(chosen, str) else chosen, text_model)
     model = create_model(chosen if isinstance(chosen, str) else dict(chosen))  # type: ignore[arg-type]
     notes = load_weights(model, state_dict, source=str(path))
-    return LoadedModel(model.eval(), model.config, create_tokenizer(model.config), contents, notes)
+    return LoadedModel(model.eval(), model.config, create_tokenizer(model.config), contents, notes, str(path))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from itemizedclip.evaluation.attention import ItemMaps, item_maps, maps_of_featu
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.viewer.inputs import ModelInput
+
+if TYPE_CHECKING:
+    from itemizedclip.viewer.files import ExplanationFiles
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,23 @@ class Explanation:
     source: ModelInput
     items: list[str]
     maps: ItemMaps
+
+    @property
+    def scores(self) -> Tensor:
+        """(T,), TCSim of each item."""
+        return self.maps.scores
+
+    def save(self, folder: str | Path, settings: ExplanationFiles | None = None) -> list[Path]:
+        """Write pictures, for a study NIfTI volumes, and explanation.json into a folder; returns the files.
+
+        Raises:
+            UserError: an input given as a tensor, which has no picture.
+        """
+        from itemizedclip.viewer.files import ExplanationFiles, write_explanation
+
+        if not self.source.views:
+            raise UserError(f"{self.source.name}: was given as a tensor, which has no picture; give its file")
+        return write_explanation(self, Path(folder), settings or ExplanationFiles(), {})
 
     def times_uniform(self, view: int) -> Tensor:
         """Attention in one view, (T, h, w) or (T, d, h, w), in multiples of an even spread over the whole input."""
