@@ -112,7 +112,8 @@ class ItemAttention(nn.Module):
 
     def _project_out(self, pooled_BHTd: Tensor) -> Tensor:
         B, _, T, _ = pooled_BHTd.shape
-        return self.attn.out_proj(pooled_BHTd.transpose(1, 2).reshape(B, T, self.width))
+        projected: Tensor = self.attn.out_proj(pooled_BHTd.transpose(1, 2).reshape(B, T, self.width))
+        return projected
 
     # --- attending ----------------------------------------------------------------------------------------------
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from itemizedclip.objectives.pairing import Pairing
+from itemizedclip.objectives.pairing import ItemRows
 from itemizedclip.runtime.collectives import rank, world_size
 
 
@@ -24,32 +25,26 @@ class RemoteItems:
 
     Attributes:
         features_ND: (B·K, D) item features; gradients flow back to the rank that owns them.
-        item_mask_BK: bool (B, K).
-        is_normal_B: bool (B,).
+        rows: mask, normal flags and text numbers of the items.
         index_BT: int64 (B, T), rows of `features_ND`; row i meets this rank's image i.
-        weights_BT: float (B, T), the remote mask: own slots their item mask, negatives 1.
-        item_ids_N: int64 (B·K,), numbers of the item texts; None when the sender has none.
     """
 
     features_ND: Tensor
-    item_mask_BK: Tensor
-    is_normal_B: Tensor
+    rows: ItemRows
     index_BT: Tensor
-    weights_BT: Tensor
-    item_ids_N: Tensor | None = None
 
 
 class _GatherWithGradient(torch.autograd.Function):
     """All-gather whose backward pass adds up, on the owner, what every rank's loss owes it."""
 
     @staticmethod
-    def forward(ctx, local: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, local: Tensor) -> Tensor:
         gathered = [torch.empty_like(local) for _ in range(world_size())]
         dist.all_gather(gathered, local.contiguous())
         return torch.stack(gathered)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad[rank()]
@@ -60,28 +55,24 @@ def gather_features(features_ND: Tensor) -> Tensor:
 
     Every rank must hold the same N.
     """
-    return features_ND[None] if world_size() == 1 else _GatherWithGradient.apply(features_ND)
+    if world_size() == 1:
+        return features_ND[None]
+    gathered: Tensor = _GatherWithGradient.apply(features_ND)
+    return gathered
 
 
-def gather_items(
-    item_features_ND: Tensor,
-    item_mask_BK: Tensor,
-    is_normal_B: Tensor,
-    pairing: Pairing,
-    item_ids_N: Tensor | None = None,
-) -> list[RemoteItems]:
+def gather_items(item_features_ND: Tensor, rows: ItemRows, index_BT: Tensor) -> list[RemoteItems]:
     """Every other rank's items, in order of rank; an empty list with one rank or no process group.
 
     Every rank must hold the same B, K and D.
     """
     if world_size() == 1:
         return []
-    K = item_mask_BK.shape[1]
+    K, T = rows.mask_BK.shape[1], index_BT.shape[1]
     features = gather_features(item_features_ND.float())
-    T = pairing.index_BT.shape[1]
-    columns = [item_mask_BK.long(), is_normal_B.long()[:, None], pairing.index_BT]
-    if item_ids_N is not None:
-        columns.append(item_ids_N.view(-1, K))
+    columns = [rows.mask_BK.long(), rows.is_normal_B.long()[:, None], index_BT]
+    if rows.ids_N is not None:
+        columns.append(rows.ids_N.view(-1, K))
     packed = torch.cat(columns, dim=1)
     tables = [torch.empty_like(packed) for _ in range(world_size())]
     dist.all_gather(tables, packed)
@@ -89,10 +80,7 @@ def gather_items(
     for other, table in enumerate(tables):
         if other == rank():
             continue
-        mask, normal, index = table[:, :K], table[:, K].bool(), table[:, K + 1 : K + 1 + T]
-        ids = None if item_ids_N is None else table[:, K + 1 + T :].flatten()
-        # The weights follow from mask and index, so they need not travel.
-        has_item = (mask.sum(1) > 0).float()
-        weights = has_item[index // K].scatter(1, pairing.own_columns_BK, mask.float())
-        remotes.append(RemoteItems(features[other], mask.bool(), normal, index, weights, ids))
+        mask, normal, index = table[:, :K].bool(), table[:, K].bool(), table[:, K + 1 : K + 1 + T]
+        ids = None if rows.ids_N is None else table[:, K + 1 + T :].flatten()
+        remotes.append(RemoteItems(features[other], ItemRows(mask, normal, ids), index))
     return remotes
