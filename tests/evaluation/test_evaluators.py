@@ -303,7 +303,7 @@ def test_results_file_and_table(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["results.json"]
     with pytest.raises(ValueError, match="macro_auc are not finite"):
         write_results(path, EvaluationReport("toy", "corrected", "", {"macro_auc": math.nan}))
-    with pytest.raises(ValueError, match="facts must be"):
+    with pytest.raises(ValueError, match="cannot be written as JSON"):
         write_results(path, EvaluationReport("toy", "corrected", "", {}, {"tensor": torch.zeros(1)}))
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(metrics_table("toy", {"top1": 0.5, "mean_rank": 1.0, "auc/top": 0.25}, evaluator.facts))
