@@ -30,9 +30,8 @@ from itemizedclip.runtime.processes import on_main
 from itemizedclip.training.engine import TrainResult, train
 from itemizedclip.training.options import parse_run
 from itemizedclip.training.run import Evaluator, launch_run
-from itemizedclip_radiology.benchmarks.benchmark import Benchmark
 from itemizedclip_radiology.benchmarks.chest_ct import CT_RATE_VALID_LABELS, open_ct_rate
-from itemizedclip_radiology.benchmarks.zero_shot import find_labels
+from itemizedclip_radiology.benchmarks.labelled_studies import LabelledStudies, find_labels
 from itemizedclip_radiology.data.chest import (
     PUBLISHED_INPUT_INFO,
     ChestCTDataset,
@@ -112,7 +111,7 @@ class LabelledVolumes:
         size: voxels of the model's input.
     """
 
-    benchmark: Benchmark
+    benchmark: LabelledStudies
     rows: list[int]
     size: Size
 
@@ -130,7 +129,7 @@ class LabelledVolumes:
         return np.where(labels_NC < 0, np.nan, labels_NC)
 
 
-def unusable_volumes(benchmark: Benchmark, size: Size) -> dict[int, str]:
+def unusable_volumes(benchmark: LabelledStudies, size: Size) -> dict[int, str]:
     """Row → why a volume cannot be used.
 
     Of each file only the beginning is read, of a few all values; when one of those is wrong, all values of all.
