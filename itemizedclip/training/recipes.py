@@ -34,7 +34,7 @@ from itemizedclip.training.run import Evaluator, launch_run
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 Recipe = Callable[[], RunOptions]
 
-RECIPES = Registry("itemizedclip.recipes", "recipe")
+RECIPES: Registry[Recipe] = Registry("itemizedclip.recipes", "recipe")
 """Every recipe of the packages that are installed."""
 
 

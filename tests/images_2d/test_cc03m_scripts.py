@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from itemizedclip_2d import retrieval, visualize_shards
+from itemizedclip_2d import visualize_shards
+from itemizedclip_2d.benchmarks import retrieval_main
 from itemizedclip_2d.recipes import itemized_cc03m, itemized_cc03m_debug
 from itemizedclip_2d.recipes import main as train_2d
 from itemizedclip_2d.retrieval_sets import coco_val2017
@@ -260,7 +261,7 @@ def plain_metrics(checkpoint: Path, coco: CaptionedImages, scoring: str) -> dict
 def test_coco_numbers_equal_the_plain_ones(world, tmp_path, scoring):
     flag = "--inference-with-flair" if scoring == "tcsim" else "--no-inference-with-flair"
     argv = ["coco", "--resume", world.checkpoint, "--coco-data-root-dir", world.coco.root, "--device", "cpu", flag]
-    metrics = retrieval.main([str(a) for a in [*argv, "--workers", 0, "--output", tmp_path / "r.json"]])
+    metrics = retrieval_main([str(a) for a in [*argv, "--workers", 0, "--output", tmp_path / "r.json"]])
     assert metrics == pytest.approx(plain_metrics(world.checkpoint, world.coco, scoring), abs=1e-9)
     assert len(metrics) == 21
     written = results(tmp_path / "r.json")
@@ -292,7 +293,7 @@ def test_flickr_script(world):
 def test_karpathy_split(world, tmp_path):
     written = write_karpathy(tmp_path / "coco")
     argv = ["coco", "--split", "karpathy", "--coco-data-root-dir", written.root, "--resume", world.checkpoint]
-    retrieval.main([str(a) for a in [*argv, "--output", tmp_path / "r.json", "--workers", 0, "--device", "cpu"]])
+    retrieval_main([str(a) for a in [*argv, "--output", tmp_path / "r.json", "--workers", 0, "--device", "cpu"]])
     assert results(tmp_path / "r.json")["facts"]["num_texts"] == 15
 
 
@@ -309,14 +310,14 @@ def test_karpathy_split(world, tmp_path):
 )
 def test_wrong_retrieval_flags(world, capfd, flags, message):
     argv = ["coco", "--resume", world.checkpoint, "--coco-data-root-dir", world.coco.root, "--device", "cpu", *flags]
-    said = " ".join(refused(capfd, [str(a) for a in argv], retrieval.main).replace("│", " ").split())
+    said = " ".join(refused(capfd, [str(a) for a in argv], retrieval_main).replace("│", " ").split())
     assert message in said
     assert "inference_coco.sh" in said
     assert "Traceback" not in said
 
 
 def test_a_command_must_be_named(capfd):
-    assert "expected a command first: coco or flickr" in refused(capfd, ["cocoo"], retrieval.main)
+    assert "expected a command first: coco or flickr" in refused(capfd, ["cocoo"], retrieval_main)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -325,7 +326,7 @@ def test_a_bad_image_ends_the_evaluation_with_its_name(world, tmp_path, capfd, w
     path = written.root / "images/val2017" / list(written.captions)[3]
     path.write_bytes(path.read_bytes()[:600])
     argv = ["coco", "--resume", world.checkpoint, "--coco-data-root-dir", written.root, "--workers", workers]
-    said = refused(capfd, [str(a) for a in [*argv, "--device", "cpu"]], retrieval.main)
+    said = refused(capfd, [str(a) for a in [*argv, "--device", "cpu"]], retrieval_main)
     assert said.splitlines()[-1].startswith(f"inference_coco.sh: error: {path}: no readable image")
     assert "Traceback" not in said
 

@@ -5,8 +5,8 @@
     flickr30k       ROOT/flickr30k_val.json or _test.json, [{"image": "folder/1.jpg", "caption": ["…", …]}, …]; without
                     it ROOT/dataset_flickr30k.json in Karpathy's form; the folder of the images may have any name
 
-An image's captions are its items, in the order of the file. Nothing is left out: a bad entry or a missing image ends
-the evaluation, because numbers over other images cannot be compared.
+An image's captions are its items, in the order of the file. Nothing is left out unasked: a bad entry or a missing image
+ends the evaluation, because numbers over other images cannot be compared.
 """
 
 from __future__ import annotations
@@ -97,6 +97,10 @@ class RetrievalSet(Dataset[ItemSample]):
     def items(self, index: int) -> list[str]:
         """All captions of an image."""
         return list(self.entries[index].captions)
+
+    def sample_id(self, index: int) -> str:
+        """The file name of an image."""
+        return self.entries[index].path.name
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -10,9 +10,8 @@ import numpy as np
 
 from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.preflight import PreflightError
-from itemizedclip_radiology.benchmarks.benchmark import Benchmark
 from itemizedclip_radiology.benchmarks.chest_ct import CT_RATE_VALID_LABELS, open_ct_rate
-from itemizedclip_radiology.benchmarks.zero_shot import find_labels
+from itemizedclip_radiology.benchmarks.labelled_studies import LabelledStudies, find_labels
 from itemizedclip_radiology.data.chest import ChestReader
 from itemizedclip_radiology.data.study_dataset import usable_rows
 from itemizedclip_radiology.data.volumes import Size, read_volume
@@ -32,7 +31,7 @@ class LabelledVolumes:
         size: voxels of the model's input.
     """
 
-    benchmark: Benchmark
+    benchmark: LabelledStudies
     rows: list[int]
     size: Size
 
@@ -50,7 +49,7 @@ class LabelledVolumes:
         return np.where(labels_NC < 0, np.nan, labels_NC)
 
 
-def unusable_volumes(benchmark: Benchmark, size: Size) -> dict[int, str]:
+def unusable_volumes(benchmark: LabelledStudies, size: Size) -> dict[int, str]:
     """Row → why a volume cannot be used.
 
     Of each file only the beginning is read, of a few all values; when one of those is wrong, all values of all.
