@@ -536,15 +536,15 @@ def test_bad_input_gives_one_message(checkpoint, picture, tmp_path, capsys):
     common = [str(picture), "--checkpoint", str(checkpoint)]
     missing = str(tmp_path / "none.png")
     cases = {
-        "no such file; expected an image": [missing, *common[1:], "--items", "x"],
+        "no such file; expected a JPEG": [missing, *common[1:], "--items", "x"],
         "checkpoint does not exist": [str(picture), "--checkpoint", str(tmp_path / "none.pt"), "--items", "x"],
-        "not a readable image": [str(empty), *common[1:], "--items", "x"],
+        "no readable image": [str(empty), *common[1:], "--items", "x"],
         "has no items of its own": common,
         "holds no text": [*common, "--items", " ; "],
         "give one of them": [*common, "--items", "x", "--items-file", str(empty)],
         "empty.txt: holds no text": [*common, "--items-file", str(empty)],
         "expected a list of texts": [*common, "--items-file", str(wrong_json)],
-        "cannot be read": [*common, "--items-file", str(binary)],
+        "is no UTF-8 text": [*common, "--items-file", str(binary)],
         "one text per line": [*common, "--items-file", str(tmp_path / "none.txt")],
         "is a folder": [*common, "--items", "x", "--output", str(tmp_path)],
         "cannot write there": [*common, "--items", "x", "--output", str(empty / "page.html")],
