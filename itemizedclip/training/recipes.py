@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
+
 from itemizedclip.data.batch import ItemCollator, Tokenizer
 from itemizedclip.evaluation.encoding import EncodingOptions, ItemDataset
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import create_tokenizer
+from itemizedclip.models.factory import create_tokenizer, create_transform
 from itemizedclip.runtime.errors import EXIT_WRONG_FLAG, UserError, reported_errors
 from itemizedclip.runtime.flags import read_flags
 from itemizedclip.runtime.processes import Ranks
@@ -59,6 +61,10 @@ class Opening:
     tokenizer: Tokenizer
     collator: ItemCollator
     ranks: Ranks
+
+    def transform(self, *, is_train: bool) -> Callable[..., Tensor]:
+        """RGB picture → what a model of photographs takes; at random places in training."""
+        return create_transform(self.model.config, is_train=is_train)
 
     def encoding(self, batch_size: int | None = None) -> EncodingOptions:
         """How evaluators of the run encode; batches as in training, at most 64, unless another size is asked for."""

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.images import decode_photograph
 from itemizedclip.models.factory import LoadedModel, create_transform
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.viewer.geometry import Geometry, geometry_of_transform
@@ -148,22 +148,7 @@ def open_photograph(path: Path, loaded: LoadedModel) -> ModelInput:
     Raises:
         BadSampleError: no such file, or no image.
     """
-    return photograph_input(path.name, read_photograph(path), loaded)
-
-
-def read_photograph(path: Path) -> Image.Image:
-    """RGB picture of an image file, decoded to the end, turned upright as its EXIF note asks.
-
-    Raises:
-        BadSampleError: no such file, or no image.
-    """
-    if not path.is_file():
-        raise BadSampleError(f"{path}: no such file; expected an image (JPEG, PNG, …)")
-    try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types for damaged data
-        raise BadSampleError(f"{path}: not a readable image ({error}); save it as JPEG or PNG") from error
+    return photograph_input(path.name, decode_photograph(path, source=str(path)), loaded)
 
 
 def photograph_input(name: str, picture: Image.Image, loaded: LoadedModel, items: Sequence[str] = ()) -> ModelInput:

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itemizedclip.data.batch import ItemSample
+from itemizedclip.data.images import decode_photograph
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.files import file_sha256, read_json
-from itemizedclip_2d.image_files import decode_image
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -91,7 +91,7 @@ class RetrievalSet(Dataset[ItemSample]):
     def __getitem__(self, index: int) -> ItemSample:
         """Raises BadSampleError when the image cannot be decoded."""
         entry = self.entries[index]
-        image = decode_image(entry.path, name=str(entry.path), remedy="Copy or download it again.")
+        image = decode_photograph(entry.path, source=str(entry.path))
         return ItemSample(entry.path.name, self._transform(image), list(entry.captions))
 
     def items(self, index: int) -> list[str]:
