@@ -5,14 +5,14 @@ itemizedclip train own --train-file train.jsonl --val-file valid.jsonl --name mi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from itemizedclip.data.jsonl import ImageItems
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.processes import on_main
 from itemizedclip.training.options import LoadingSettings, ObjectiveSettings, OptimizerSettings, RunOptions
-from itemizedclip.training.recipes import Opening, TrainingData
+from itemizedclip.training.recipes import Opening, TrainingData, run_on
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,10 @@ class OwnImages:
         return TrainingData(dataset, validation, dataset.fingerprint)
 
 
-@dataclass(frozen=True)
-class OwnRun(RunOptions):
-    """A training run on your own images."""
-
-    data: OwnImages = field(default_factory=OwnImages)
-
-
-def own() -> OwnRun:
+def own() -> RunOptions:
     """Your own images, from a JSONL file of paths and items; --pretrained starts from a trained model."""
-    return OwnRun(
+    return run_on(
+        OwnImages(),
         objective=ObjectiveSettings(ila_keep_rate=0.8, mask_duplicates=True),
         optimizer=OptimizerSettings(lr=3e-4, weight_decay=0.5, warmup=100, epochs=30),
         loading=LoadingSettings(batch_size=64, workers=4),

@@ -116,6 +116,19 @@ class DataGroup(Protocol):
         """
 
 
+def run_on(data: Any, **groups: Any) -> RunOptions:
+    """A run on these data: `RunOptions` with the group `data`, whose fields become flags.
+
+    Args:
+        data: a dataclass, constructible without arguments, with the method `open`.
+        groups: other groups of the options, such as `loading`.
+    """
+    kind = type(data)
+    with_data = [("data", kind, field(default_factory=kind))]
+    options: type = dataclasses.make_dataclass(f"{kind.__name__}Run", with_data, bases=(RunOptions,), frozen=True)
+    return options(data=data, **groups)
+
+
 def open_data(options: RunOptions, model: DualEncoder, ranks: Ranks) -> tuple[TrainingData, ItemCollator]:
     """The data of a run and the collator of its batches.
 
