@@ -5,7 +5,7 @@ cd "$ROOT"
 set_up dev radiology
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [[ $# -eq 0 ]]; then
-    echo "ruff";  "$VENV/bin/ruff" check .
+    echo "ruff";  "$VENV/bin/ruff" check .; "$VENV/bin/ruff" format --check .
     echo "mypy";  "$VENV/bin/mypy" itemizedclip 2D_images_tasks/src Radiology_Tasks/src
     # Two workers: every test is one thread, and the machine that runs them in CI has two cores.
     set -- -n 2

@@ -62,7 +62,8 @@ class DualEncoder(nn.Module):
     @property
     def head(self) -> ItemAttention:
         """The item-conditioned attention, under whatever name the published layout gives it."""
-        return getattr(self, self.head_name)
+        head: ItemAttention = getattr(self, self.head_name)
+        return head
 
     def encode_image(self, images: Tensor, *, series_names: Tensor | None = None) -> ImageFeatures:
         """Image features in the joint space.

@@ -117,10 +117,8 @@ def create_model(config: str | Mapping[str, Any]) -> DualEncoder:
 
 def create_tokenizer(config: Mapping[str, Any]) -> Callable[..., Tensor]:
     """The tokenizer a config's text tower was trained with: texts → int64 (N, C); has `pad_id`."""
-    family = _family(config)
-    if hasattr(family, "create_tokenizer"):
-        return family.create_tokenizer(config)
-    return ClipTokenizer(config["text_cfg"]["context_length"])
+    own: Callable[..., Callable[..., Tensor]] | None = getattr(_family(config), "create_tokenizer", None)
+    return ClipTokenizer(config["text_cfg"]["context_length"]) if own is None else own(config)
 
 
 def create_transform(config: Mapping[str, Any], *, is_train: bool) -> Callable[..., Tensor]:
@@ -137,7 +135,9 @@ def create_transform(config: Mapping[str, Any], *, is_train: bool) -> Callable[.
         interpolation=preprocess["interpolation"],
         resize_mode=preprocess["resize_mode"],
     )
-    return image_transform_v2(cfg, is_train=is_train, aug_cfg=AugmentationCfg(scale=tuple(preprocess["train_scale"])))
+    augmentation = AugmentationCfg(scale=tuple(preprocess["train_scale"]))
+    transform: Callable[..., Tensor] = image_transform_v2(cfg, is_train=is_train, aug_cfg=augmentation)
+    return transform
 
 
 def transform_spec(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def load_weights(model: DualEncoder, state_dict: Mapping[str, Tensor], *, source
 
 def _resize_position_tables(model: DualEncoder, renamed: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     """Resample position tables of another length in place; a family may bring its own rule."""
-    own_rule = getattr(model, "resize_position_tables", None)
+    own_rule: Callable[..., list[str]] | None = getattr(model, "resize_position_tables", None)
     if own_rule is not None:
         return own_rule(renamed)
     notes = []
@@ -274,7 +274,7 @@ def _resize_position_tables(model: DualEncoder, renamed: dict[str, Tensor], own:
 def _with_text_model(path: str | Path, config: Mapping[str, Any] | None, source: str | Path) -> Mapping[str, Any]:
     """The config with the shape and tokenizer of a text model, by the family's own rule."""
     assert config is not None  # checked before
-    change = getattr(_family(config), "with_text_model", None)
+    change: Callable[..., Mapping[str, Any]] | None = getattr(_family(config), "with_text_model", None)
     if change is None:
         name = config.get("name", "this model")
         raise CheckpointError(f"{path}: {name} has one tokenizer, which is built in; drop --text-model")

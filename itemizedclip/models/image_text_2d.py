@@ -63,7 +63,7 @@ class ItemizedCLIP2D(DualEncoder):
     @property
     def context_length(self) -> int:
         """C, the longest text the tower takes, in tokens."""
-        return self.positional_embedding.shape[0]
+        return len(self.positional_embedding)
 
     def encode_image(self, images: Tensor, *, series_names: Tensor | None = None) -> ImageFeatures:
         """Features of (B, 3, H, W) images; series names do not apply and must be None."""
@@ -88,7 +88,8 @@ class ItemizedCLIP2D(DualEncoder):
         x = self.ln_final(x)
         # End-of-text is the highest id of the vocabulary.
         at_end = x[torch.arange(len(x), device=x.device), tokens_NC.argmax(dim=-1)]
-        return self.text_post(at_end)
+        features_ND: Tensor = self.text_post(at_end)
+        return features_ND
 
     def causal_mask(self, length: int, dtype: torch.dtype) -> Tensor:
         """Additive mask (length, length): 0 on and below the diagonal, −inf above."""

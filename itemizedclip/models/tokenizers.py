@@ -32,7 +32,8 @@ class ClipTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """int64 (N, C), padded with 0."""
-        return _clip_bpe()(list(texts), context_length=self.context_length)
+        tokens_NC: Tensor = _clip_bpe()(list(texts), context_length=self.context_length)
+        return tokens_NC
 
     def is_truncated(self, tokens_NC: Tensor) -> Tensor:
         """bool (N,): texts that fill the whole context; they were cut, or fit to the last token."""
