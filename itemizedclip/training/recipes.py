@@ -70,7 +70,9 @@ class Opening:
         """How evaluators of the run encode; batches as in training, at most 64, unless another size is asked for."""
         loading = self.options.loading
         return EncodingOptions(
-            batch_size=batch_size or min(MAX_VALIDATION_BATCH, loading.batch_size), num_workers=loading.workers
+            batch_size=batch_size or min(MAX_VALIDATION_BATCH, loading.batch_size),
+            num_workers=loading.workers,
+            on_bad_sample=loading.on_bad_sample,
         )
 
     def retrieval(self, dataset: ItemDataset, name: str, *, batch_size: int | None = None) -> RetrievalEvaluator:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +23,11 @@ from torch import Tensor
 from itemizedclip.data.images import decode_photograph
 from itemizedclip.models.factory import LoadedModel, create_transform
 from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.registry import Registry
 from itemizedclip.viewer.geometry import Geometry, geometry_of_transform
 
-ENTRY_POINT_GROUP = "itemizedclip.inputs"
+READERS: Registry[Callable[[Path, LoadedModel], ModelInput]] = Registry("itemizedclip.inputs", "reader of inputs")
+"""Value of `vision_cfg.tower` → function (path, loaded) → ModelInput."""
 
 Unit = Literal["rgb", "grey", "hu"]
 """What the values of a view are: colours, grey values 0 … 255, or Hounsfield units."""
@@ -124,22 +125,12 @@ def open_input(source: str | Path, loaded: LoadedModel) -> ModelInput:
     tower = loaded.config["vision_cfg"].get("tower", "vit")
     if tower == "vit":
         return open_photograph(Path(source).expanduser(), loaded)
-    readers: dict[str, Callable[[Path, LoadedModel], ModelInput]] = {}
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        if point.name == tower:
-            try:
-                readers[point.name] = point.load()
-            except ModuleNotFoundError as error:
-                raise UserError(
-                    f"inputs of models with vision_cfg.tower {tower!r} need the package {error.name}: "
-                    "pip install -e '.[radiology]'"
-                ) from error
-    if tower not in readers:
+    if tower not in READERS.names():
         raise UserError(
             f"no reader for inputs of models with vision_cfg.tower {tower!r}; run `pip install -e .` in the project so "
             "that the wings register theirs"
         )
-    return readers[tower](Path(source).expanduser(), loaded)
+    return READERS.load(tower)(Path(source).expanduser(), loaded)
 
 
 def open_photograph(path: Path, loaded: LoadedModel) -> ModelInput:

@@ -320,15 +320,28 @@ def test_a_command_must_be_named(capfd):
     assert "expected a command first: coco or flickr" in refused(capfd, ["cocoo"], retrieval_main)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_ends_the_evaluation_with_its_name(world, tmp_path, capfd, workers):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_ends_the_evaluation_with_its_name_or_is_left_out(world, tmp_path, capfd, workers):
     written = write_coco(tmp_path / "coco")
-    path = written.root / "images/val2017" / list(written.captions)[3]
+    name = list(written.captions)[3]
+    path = written.root / "images/val2017" / name
     path.write_bytes(path.read_bytes()[:600])
+    output = tmp_path / "r.json"
     argv = ["coco", "--resume", world.checkpoint, "--coco-data-root-dir", written.root, "--workers", workers]
-    said = refused(capfd, [str(a) for a in [*argv, "--device", "cpu"]], retrieval_main)
+    argv = [str(a) for a in [*argv, "--device", "cpu", "--output", output]]
+    said = refused(capfd, argv, retrieval_main)
     assert said.splitlines()[-1].startswith(f"inference_coco.sh: error: {path}: no readable image")
     assert "Traceback" not in said
+    assert not output.exists()
+    retrieval_main([*argv, "--on-bad-sample", "skip"])
+    facts = results(output)["facts"]
+    assert list(facts["unusable"]) == [name]
+    assert (facts["num_images"], facts["num_texts"]) == (8, 48 - len(written.captions[name]))
+    assert facts["is_whole_set"] is False
+    printed = capfd.readouterr()
+    assert "8 images, " in printed.out
+    assert "1 listed images are missing or cannot be read; see r.json" in printed.out
+    assert f"{path}: no readable image" in printed.err
 
 
 # --- variables -------------------------------------------------------------------------------------------------------
