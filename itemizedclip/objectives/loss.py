@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itemizedclip.models.item_attention import ItemAttention, KeepMask, ProjectedTokens
-from itemizedclip.objectives.exchange import gather_items
+from itemizedclip.models.item_attention import ItemAttention, KeepMask, ProjectedTokens, at_least_float32
+from itemizedclip.objectives.exchange import Exchange, RemoteItems, send_items, with_gradient
+from itemizedclip.objectives.fused import TermWeights, fused_losses
 from itemizedclip.objectives.pairing import (
     Checks,
     ItemRows,
-    Pairing,
     Pairs,
+    RankPairs,
     global_pairs,
     local_pairs,
     sample_pairing,
@@ -151,6 +152,8 @@ def itemized_losses(
     *,
     index_BT: Tensor | None = None,
     keep_mask_BHTL: Tensor | None = None,
+    exchange: Exchange | None = None,
+    fused: bool = True,
 ) -> dict[str, Tensor]:
     """The total loss and its unweighted terms on this rank, as scalars.
 
@@ -162,6 +165,9 @@ def itemized_losses(
         options: weights of the terms.
         index_BT: given pairs instead of drawn ones (tests).
         keep_mask_BHTL: given keep mask instead of a drawn one (tests; one rank only).
+        exchange: given items of other ranks instead of the process group's (tests and benchmarks).
+        fused: differentiate while computing, for one backward pass of "loss" alone. False is the plain way, in memory
+            that grows with ranks and queries: each term has a gradient, of any order and under `torch.func` too.
 
     Returns:
         "loss" and, for each term whose weight is not 0, "ila", "kta", "mps", "iis".
@@ -170,31 +176,52 @@ def itemized_losses(
     B, K = rows.mask_BK.shape
     if index_BT is None:
         index_BT = sample_pairing(rows.mask_BK).index_BT
-    # Every set of queries this rank's images meet: its own first, then each other rank's.
-    sets = [(inputs.item_features_ND, rows, index_BT)]
-    sets += [(r.features_ND, r.rows, r.index_BT) for r in gather_items(inputs.item_features_ND, rows, index_BT)]
-    scale, bias = logit_scale.float(), logit_bias.float()
+    own_index = index_BT
+    if exchange is None:
+        exchange = send_items(inputs.item_features_ND, rows, index_BT)
     needs_local = bool(options.ila_weight or options.kta_weight or options.iis_weight)
-    projected = head.project(inputs.image_tokens_BLD) if needs_local else None
-    keep: KeepMask = options.ila_keep_rate if keep_mask_BHTL is None else keep_mask_BHTL
-    sums: dict[str, list[Tensor]] = {name: [] for name in TERMS}
-    for number, (features_ND, items, index) in enumerate(sets):
-        own = number == 0
-        if projected is not None:
-            pairs = local_pairs(rows, items, index, options.checks, own=own)
-            own_mask = rows.mask_BK if own else None
-            separation = separation_pairs(rows, options.checks) if own and options.iis_weight else None
-            local = local_losses(head, projected, features_ND, pairs, own_mask, separation, scale, bias, keep, options)
-            for name, value in local.items():
-                sums[name].append(value)
-        if options.mps_weight:
-            everyone = global_pairs(rows, items, options.checks, own=own)
-            sums["mps"].append(global_loss(inputs.image_global_BD, features_ND, everyone, scale, bias))
-    denominators = {"ila": B, "kta": B, "mps": B * K, "iis": B * K}
+    keep: Tensor | float = options.ila_keep_rate if keep_mask_BHTL is None else keep_mask_BHTL
     weights = {name: getattr(options, f"{name}_weight") for name in TERMS}
-    losses = {
-        name: torch.stack([value / denominators[name] for value in sums[name]]).sum() for name in TERMS if weights[name]
-    }
+    denominators = {"ila": B, "kta": B, "mps": B * K, "iis": B * K}
+
+    def pairs_of(remote: RemoteItems | None) -> RankPairs:
+        own, items = remote is None, rows if remote is None else remote.rows
+        index = own_index if remote is None else remote.index_BT
+        return RankPairs(
+            own,
+            local_pairs(rows, items, index, options.checks, own=own) if needs_local else None,
+            global_pairs(rows, items, options.checks, own=own) if options.mps_weight else None,
+            separation_pairs(rows, options.checks) if own and options.iis_weight else None,
+        )
+
+    if fused:
+        total, sums_4 = fused_losses(
+            head, inputs.image_tokens_BLD, inputs.image_global_BD, inputs.item_features_ND, logit_scale, logit_bias,
+            exchange, pairs_of,
+            own_mask_BK=rows.mask_BK, factors=TermWeights(**{n: weights[n] / denominators[n] for n in TERMS}),
+            worst_positive_factor=options.worst_positive_factor, keep=keep,
+            num_key_tokens=options.num_key_tokens(inputs.image_tokens_BLD.shape[1]),
+        )  # fmt: skip
+        values = dict(zip(TERMS, sums_4.unbind()))
+        return {"loss": total, **{name: values[name] / denominators[name] for name in TERMS if weights[name]}}
+
+    # Every set of queries this rank's images meet: its own first, then each other rank's.
+    sets = [(inputs.item_features_ND, pairs_of(None))]
+    if exchange is not None:
+        remotes, tickets = exchange.wait(), exchange.ticket_WND.unbind()
+        sets += [(with_gradient(tickets[r.slot], r.features_ND), pairs_of(r)) for r in remotes]
+    scale, bias = at_least_float32(logit_scale), at_least_float32(logit_bias)
+    projected = head.project(inputs.image_tokens_BLD) if needs_local else None
+    collected: dict[str, list[Tensor]] = {name: [] for name in TERMS}
+    for features_ND, pairs in sets:
+        if projected is not None:
+            for name, value in local_losses(
+                head, projected, features_ND, pairs, rows.mask_BK, scale, bias, keep, options
+            ).items():
+                collected[name].append(value)
+        if pairs.everyone is not None:
+            collected["mps"].append(global_loss(inputs.image_global_BD, features_ND, pairs.everyone, scale, bias))
+    losses = {name: torch.stack(collected[name]).sum() / denominators[name] for name in TERMS if weights[name]}
     total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
     return {"loss": total, **losses}
 
@@ -203,9 +230,8 @@ def local_losses(
     head: ItemAttention,
     projected: ProjectedTokens,
     items_ND: Tensor,
-    pairing: Pairing,
-    own_mask_BK: Tensor | None,
-    separation: Pairs | None,
+    pairs: RankPairs,
+    own_mask_BK: Tensor,
     scale: Tensor,
     bias: Tensor,
     keep: KeepMask,
@@ -217,20 +243,21 @@ def local_losses(
         head: the item-conditioned attention.
         projected: keys and values of the images.
         items_ND: the item table of that rank.
-        pairing: pairs with their final weights.
-        own_mask_BK: which own items are real, to choose the worst one; None for another rank's items.
-        separation: pairs of IIS; None for another rank's items or without IIS.
+        pairs: who meets whom.
+        own_mask_BK: which items of this rank are real, to choose the worst one.
         scale: τ.
         bias: β.
         keep: keep mask or keep probability of ILA.
         options: key tokens and the factor of the worst positive.
     """
+    pairing, separation = pairs.local, pairs.separation
+    assert pairing is not None
     items_BTD = items_ND[pairing.index_BT]
     num_key_tokens = options.num_key_tokens(projected.num_tokens)
     pooled, key_pooled = head.attend_with_key_tokens(items_BTD, projected, keep=keep, num_key_tokens=num_key_tokens)
     logits = cosine_logits(pooled, items_BTD, scale, bias)
     weights, columns = pairing.weights_BT, pairing.own_columns_BK
-    if own_mask_BK is not None:
+    if pairs.own:
         # One choice, made on the ILA logits, serves ILA and KTA alike.
         weights = upweight_worst_positive(weights, logits, columns, own_mask_BK, options.worst_positive_factor)
     sums = {"ila": pair_loss(logits, pairing.labels_BT, weights)}
@@ -246,8 +273,8 @@ def local_losses(
 
 def global_loss(image_global_BD: Tensor, items_ND: Tensor, pairs: Pairs, scale: Tensor, bias: Tensor) -> Tensor:
     """Sum of MPS: the global feature of every image against every item of one rank."""
-    image = F.normalize(image_global_BD.float(), dim=-1)
-    items = F.normalize(items_ND.float(), dim=-1)
+    image = F.normalize(at_least_float32(image_global_BD), dim=-1)
+    items = F.normalize(at_least_float32(items_ND), dim=-1)
     # Autocast would take this product in half precision.
     with torch.autocast(image.device.type, enabled=False):
         logits = scale * (image @ items.T) + bias

@@ -80,6 +80,23 @@ class Pairs:
     weights: Tensor
 
 
+@dataclass(frozen=True)
+class RankPairs:
+    """One rank's queries as this rank's images meet them.
+
+    Attributes:
+        own: whether the items are this rank's own.
+        local: pairs of ILA and KTA; None when no term asks the head.
+        everyone: pairs of MPS; None without it.
+        separation: pairs of IIS; None without it, and for another rank's items.
+    """
+
+    own: bool
+    local: Pairing | None
+    everyone: Pairs | None
+    separation: Pairs | None
+
+
 def own_columns(num_images: int, num_slots: int, device: torch.device | None = None) -> Tensor:
     """(B, K): columns i … i + K − 1 of row i."""
     return torch.arange(num_images, device=device)[:, None] + torch.arange(num_slots, device=device)

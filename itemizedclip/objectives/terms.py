@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from itemizedclip.models.item_attention import at_least_float32
+
 
 def cosine_logits(a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
     """τ·cos(a, b) + β along the last axis, in float32; `a` and `b` broadcast."""
-    return logit_scale * (F.normalize(a.float(), dim=-1) * F.normalize(b.float(), dim=-1)).sum(-1) + logit_bias
+    a, b = F.normalize(at_least_float32(a), dim=-1), F.normalize(at_least_float32(b), dim=-1)
+    return logit_scale * (a * b).sum(-1) + logit_bias
 
 
 def pair_loss(logits: Tensor, labels: Tensor | float, weights: Tensor) -> Tensor:
