@@ -32,13 +32,7 @@ from itemizedclip.evaluation.encoding import (
     model_device,
     number_texts,
 )
-from itemizedclip.evaluation.evaluator import (
-    ItemDataset,
-    facts_of_unusable,
-    joined_unusable,
-    parts_of,
-    sample_id_of,
-)
+from itemizedclip.evaluation.evaluator import ItemDataset, facts_of_unusable, joined_unusable, parts_of, sample_id_of
 from itemizedclip.evaluation.ranks import top_k_table
 from itemizedclip.evaluation.scores import ScoreStore, StoredScores
 from itemizedclip.evaluation.tcsim import Scoring, create_scorer
@@ -242,7 +236,7 @@ class ClassEvaluator(ABC):
                 keep(batch, scores[-1])
                 self.skipped += [message for messages in batch.skipped for message in messages]
         self.skipped = [message for share in gather_objects(self.skipped) for message in share]
-        self.unusable = joined_unusable(unusable, count=len(self.labels), name=self.name, unit=self.unit)
+        self.unusable = joined_unusable(self, unusable, len(self.labels))
         on_main(self._check_unusable)
         stored = torch.tensor(list(known.values()), dtype=torch.float32).reshape(len(known), len(classifiers) * C)
         rows_N = torch.cat([gather_rows(torch.cat(rows)).cpu(), torch.tensor(list(known), dtype=torch.int64)])

@@ -83,7 +83,7 @@ def parts_of(dataset: ItemDataset, row: int) -> list[str]:
     return list(dataset.parts(row)) if has_parts(dataset) else []  # type: ignore[attr-defined]
 
 
-def joined_unusable(unusable: Mapping[int, str], *, count: int, name: str, unit: str) -> dict[int, str]:
+def joined_unusable(evaluator: ReportingEvaluator, unusable: Mapping[int, str], count: int) -> dict[int, str]:
     """Row → why an image cannot be used, of all ranks, in order; every rank must call it.
 
     Raises:
@@ -91,7 +91,10 @@ def joined_unusable(unusable: Mapping[int, str], *, count: int, name: str, unit:
     """
     merged = dict(sorted(entry for share in gather_objects(dict(unusable)) for entry in share.items()))
     if len(merged) == count:
-        raise BadSampleError(f"{name}: none of the {count:,} {unit} can be used; the first: {merged[min(merged)]}")
+        first = merged[min(merged)]
+        raise BadSampleError(
+            f"{evaluator.name}: none of the {count:,} {evaluator.unit} can be used; the first: {first}"
+        )
     return merged
 
 

@@ -173,7 +173,7 @@ class ExplainEvaluator:
         unusable: dict[int, str] = {}
         with evaluation_mode(model):
             items = read_items(self.dataset, self.encoding, unusable)
-            self.unusable = self._joined(unusable)
+            self.unusable = joined_unusable(self, unusable, len(self.dataset))
             texts, number_M = number_texts([text for own in items.values() for text in own])
             features_UD = encode_texts(model, self.tokenizer, texts, self.encoding)
             numbers_of = dict(zip(items, number_M.to(device).split([len(own) for own in items.values()])))
@@ -188,7 +188,7 @@ class ExplainEvaluator:
                     masks = get_masks(row) if callable(get_masks) else None
                     findings.append(self._findings(row, maps, masks))
                 rows.append(batch.rows_B.cpu())
-        self.unusable = self._joined(unusable)
+        self.unusable = joined_unusable(self, unusable, len(self.dataset))
         findings_N = in_order_of_rows(torch.cat(rows), torch.cat(findings))
         self.facts = {
             "num_images": len(findings_N),
@@ -200,9 +200,6 @@ class ExplainEvaluator:
             **facts_of_unusable(self.dataset, self.unusable),
         }
         return _measures(findings_N)
-
-    def _joined(self, unusable: dict[int, str]) -> dict[int, str]:
-        return joined_unusable(unusable, count=len(self.dataset), name=self.name, unit=self.unit)
 
     def _maps(
         self, head: ItemAttention, features_UD: Tensor, own: list[Tensor], features: ImageFeatures

@@ -94,7 +94,7 @@ class RetrievalEvaluator:
         device = model_device(model)
         unusable: dict[int, str] = {}
         items = read_items(self.dataset, self.encoding, unusable)
-        self.unusable = self._joined(unusable)
+        self.unusable = joined_unusable(self, unusable, len(self.dataset))
         texts, number_M = number_texts([text for own in items.values() for text in own])
         owner_M = torch.tensor([row for row, own in items.items() for _ in own], device=device)
         scorer = create_scorer(
@@ -117,9 +117,6 @@ class RetrievalEvaluator:
             **facts_of_unusable(self.dataset, self.unusable),
         }
         return ranks
-
-    def _joined(self, unusable: dict[int, str]) -> dict[int, str]:
-        return joined_unusable(unusable, count=len(self.dataset), name=self.name, unit=self.unit)
 
     def _count(
         self,
@@ -154,7 +151,7 @@ class RetrievalEvaluator:
 
         counts = RivalCounts(owner_M)
         count(first_pass(), counts.add_rows)
-        failed = self._joined(unusable)
+        failed = joined_unusable(self, unusable, len(self.dataset))
         if len(failed) > len(self.unusable):
             # Only now it is known which texts are without their image: the ranks are counted without them.
             self.unusable = failed

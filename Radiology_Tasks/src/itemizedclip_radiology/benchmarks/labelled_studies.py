@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from itemizedclip.data.batch import ItemSample
+from itemizedclip.evaluation.classification import ClassPrompts
 from itemizedclip.evaluation.results import Protocol
 from itemizedclip.runtime.errors import MissingFileError
 from itemizedclip_radiology.data.label_table import LabelTable
@@ -109,6 +110,10 @@ class LabelledStudies:
             skipped=[message for _, message in loaded.skipped],
         )
 
+    def rows(self, keep: Sequence[int]) -> LabelledStudies:
+        """The given studies, in the given order."""
+        return replace(self, studies=[self.studies[row] for row in keep], labels_NC=self.labels_NC[list(keep)])
+
     def sample_id(self, row: int) -> str:
         """The id of a study."""
         return self.studies[row].study_id
@@ -116,6 +121,16 @@ class LabelledStudies:
     def parts(self, row: int) -> list[str]:
         """Names of a study's series on disk."""
         return [series.name for series in self.studies[row].series]
+
+    @property
+    def class_prompts(self) -> ClassPrompts:
+        """One text per class."""
+        return ClassPrompts(self.classes, [[prompt] for prompt in self.prompts])
+
+    @property
+    def known_labels_NC(self) -> np.ndarray:
+        """float64 (N, C): 1, 0, or NaN where not rated."""
+        return np.where(self.labels_NC < 0, np.nan, self.labels_NC.astype(np.float64))
 
     def load(self, index: int, *, size: Size) -> LoadedStudy:
         """The series of one study, every one once, in order.

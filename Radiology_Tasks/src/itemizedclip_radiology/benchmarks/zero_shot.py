@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from itemizedclip.evaluation.benchmark import Benchmark, BenchmarkOptions, Subject
-from itemizedclip.evaluation.classification import ClassEvaluator, ClassPrompts, class_aucs
+from itemizedclip.evaluation.classification import ClassEvaluator, class_aucs
 from itemizedclip.evaluation.results import Protocol, format_measure
 from itemizedclip.evaluation.scores import ScoreStore
 from itemizedclip.models.factory import LoadedModel
@@ -182,7 +182,7 @@ class StudyOptions(BenchmarkOptions):
                 f"{self.checkpoint}: its model takes no studies; give one of train_mri, train_ct, train_ctrate"
             )
         studies = self.fit_to_model(on_main(self._read), loaded)
-        classes = ClassPrompts(studies.classes, [[prompt] for prompt in studies.prompts])
+        classes = studies.class_prompts
         depends_on = {"data_dir": str(self.data_dir.expanduser().resolve()), "reader": studies.reader.facts()}
         key = {
             "version": _SCORES_VERSION,
