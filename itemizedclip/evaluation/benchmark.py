@@ -137,7 +137,7 @@ def evaluate_from_flags(
 ) -> dict[str, float]:
     """Entry point of the scripts: a benchmark by its flags, errors in one line."""
     with reported_errors(prog):
-        return evaluate(read_flags(kind, argv, prog=prog, description=description_of(kind)))
+        return evaluate(read_flags(kind, argv, prog=prog, description=description_of(kind), published=True))
 
 
 def _check_results_file(path: Path) -> None:

@@ -187,7 +187,12 @@ def published_names(state_dict: Mapping[str, Tensor], model_keys: set[str]) -> t
     """
     renamed: dict[str, Tensor] = {}
     skipped: list[str] = []
+    old_projections = [key for key in state_dict if key.endswith("image_post.proj")]
+    has_both = bool(old_projections) and any(key.endswith("image_post2.proj") for key in state_dict)
     for key, value in state_dict.items():
+        if has_both and key in old_projections:
+            skipped.append(f"{key} (not in use: image_post2.proj is)")
+            continue
         name = key
         while name.startswith(("module.", "_orig_mod.")):
             name = name.partition(".")[2]

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import tyro
 
 from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.logs import logging_to_console
+from itemizedclip.runtime.published_flags import without_published
 
 OptionsT = TypeVar("OptionsT")
 
@@ -23,6 +25,7 @@ def read_flags(
     prog: str | None,
     description: str | None,
     default: OptionsT | None = None,
+    published: bool = False,
 ) -> OptionsT:
     """Options from flags, which are the names of their fields with dashes, without the names of groups.
 
@@ -32,15 +35,20 @@ def read_flags(
         prog: name shown in messages.
         description: first lines of --help.
         default: what the flags override; the fields' own defaults when None.
+        published: take the published scripts' flags too, see `published_flags`.
 
     Raises:
         SystemExit: --help (0), or a flag, a value or a rule across fields that does not hold (2, after one message).
     """
     more: dict[str, Any] = {} if default is None else {"default": default}
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if published:
+        with logging_to_console(int(os.environ.get("RANK", 0))):
+            arguments = without_published(kind, arguments)
     try:
         with ending_quietly():
             return tyro.cli(
-                kind, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,), **more
+                kind, args=arguments, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,), **more
             )
     except ValueError as error:  # tyro before 1.0 lets what a field's class raises through
         print(f"{prog or Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

@@ -46,7 +46,7 @@ class EvaluationOptions(CheckpointOptions):
     workers: int = 2
     """Processes that read images; 0: none besides this one."""
 
-    precision: Literal["fp32", "amp_bf16", "auto"] = "fp32"
+    precision: Literal["fp32", "amp", "amp_bf16", "auto"] = "fp32"
     """Of the towers; scores are always float32."""
 
     on_bad_sample: Literal["skip", "stop"] = "stop"

@@ -89,6 +89,9 @@ class ModelSettings:
     lock_text: bool = False
     """Freeze the text tower."""
 
+    lock_text_freeze_layer_norm: bool = True
+    """With --lock-text: its LayerNorms too, and no dropout; the published chest CT run freezes neither."""
+
     grad_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass: less memory, about a third more time."""
 

@@ -152,7 +152,9 @@ def build(
         logger.warning(precision.notice)
     model.to(ranks.device)
     cast_towers(model, precision)
-    model.lock(image=settings.lock_image, text=settings.lock_text)
+    model.lock(
+        image=settings.lock_image, text=settings.lock_text, freeze_layer_norm=settings.lock_text_freeze_layer_norm
+    )
     freeze_unused(model, options)
     model.set_grad_checkpointing(settings.grad_checkpointing)
     task = ItemizedTask(model, options.objective, num_chunks=options.loading.accum_freq).train()
