@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -27,7 +27,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from itemizedclip_radiology.benchmarks import zero_shot_cq500, zero_shot_pub_brain_5, zero_shot_rsna
+from itemizedclip_radiology.benchmarks.head_ct import Cq500Options, RsnaOptions
+from itemizedclip_radiology.benchmarks.pub_brain_5 import PubBrain5Options
+from itemizedclip_radiology.benchmarks.zero_shot import StudyOptions
 from itemizedclip_radiology.data.volumes import Size
 from itemizedclip_radiology.recipes import main_studies
 from itemizedclip_radiology.synthetic.cohort import (
@@ -42,6 +44,7 @@ from torch import Tensor
 
 from itemizedclip.data.batch import ItemCollator
 from itemizedclip.evaluation.attention import item_maps
+from itemizedclip.evaluation.benchmark import evaluate
 from itemizedclip.evaluation.results import EvaluationReport, write_results
 from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.runtime.errors import reported_errors
@@ -124,15 +127,13 @@ def train(options: Options, root: Path) -> Path:
 
 
 def zero_shot(options: Options, root: Path, checkpoint: Path) -> dict[str, float]:
-    """Metrics of the domain's zero-shot scripts, by set; `mean_auc` is the one with a goal."""
-    scripts: dict[str, Callable[[Sequence[str]], dict[str, float]]] = (
-        {"pub_brain_5": zero_shot_pub_brain_5.main}
-        if options.domain == "mri"
-        else {"rsna": zero_shot_rsna.main, "cq500": zero_shot_cq500.main}
+    """Metrics of the domain's benchmarks, by set; `mean_auc` is the one with a goal."""
+    kinds: dict[str, type[StudyOptions]] = (
+        {"pub_brain_5": PubBrain5Options} if options.domain == "mri" else {"rsna": RsnaOptions, "cq500": Cq500Options}
     )
     metrics: dict[str, float] = {}
-    for name, script in scripts.items():
-        found = script(["--resume", str(checkpoint), "--data-dir", str(root / name), "--workers", "0"])
+    for name, kind in kinds.items():
+        found = evaluate(kind(checkpoint=checkpoint, data_dir=root / name, workers=0))
         metrics |= {f"{name}/{key}": value for key, value in found.items()}
     if options.domain == "mri":
         aucs = [metrics[f"pub_brain_5/{disease}/auc"] for disease in DISEASES]

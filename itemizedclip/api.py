@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from itemizedclip.data.batch import ItemCollator, Tokenizer
+from itemizedclip.evaluation.benchmark import BENCHMARKS
+from itemizedclip.evaluation.benchmark import evaluate as evaluate_benchmark
 from itemizedclip.evaluation.encoding import EncodingOptions, encode_image_batch, encode_texts, number_texts
 from itemizedclip.evaluation.tcsim import Scoring, create_scorer
 from itemizedclip.models import factory
@@ -22,7 +24,6 @@ from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.processes import choose_device
-from itemizedclip.runtime.registry import Registry
 from itemizedclip.search.index import open_index
 from itemizedclip.training import engine
 from itemizedclip.training.engine import TrainResult
@@ -47,8 +48,6 @@ __all__ = [
     "score",
     "train",
 ]
-
-BENCHMARKS = Registry("itemizedclip.benchmarks", "benchmark")
 
 
 def load(
@@ -273,7 +272,5 @@ def evaluate(source: LoadedModel | str | Path, name: str, **settings: Any) -> di
     Raises:
         UserError: no such benchmark, a checkpoint or data that cannot be used.
     """
-    from itemizedclip.evaluation.benchmark import evaluate as run
-
     checkpoint = Path(source.source) if isinstance(source, LoadedModel) else factory.find_checkpoint(source)
-    return run(BENCHMARKS.load(name)(checkpoint=checkpoint, **settings))
+    return evaluate_benchmark(BENCHMARKS.load(name)(checkpoint=checkpoint, **settings))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """30-class zero-shot classification of RSICD's test split (see --help)."""
 
-from itemizedclip_2d.classification import main
+from itemizedclip_2d.benchmarks import classification_main
 
 if __name__ == "__main__":
-    main()
+    classification_main()

@@ -22,6 +22,7 @@ COMMANDS = {
         "itemizedclip.commands.demo",
         "train on the embedded itemized scenes, evaluate, draw an attention picture",
     ),
+    "evaluate": ("itemizedclip.commands.evaluate", "a checkpoint on a named benchmark; --help lists them"),
     "index": ("itemizedclip.commands.index", "encode a folder of images once, so that search finds them"),
     "search": ("itemizedclip.commands.search", "find images of an index by text, and where each text looked"),
     "report": (

@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from itemizedclip.data.images import DECODER_VERSION
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.models.factory import CheckpointError, LoadedModel, create_transform, transform_spec
 from itemizedclip.runtime.errors import UserError, reported_errors
@@ -132,7 +133,9 @@ def run(options: IndexOptions) -> BuildReport:
         for note in loaded.notes if ranks.is_main else ():
             logger.warning(note)
         precision = resolve_precision(options.precision, ranks.device).name
-        source = FeatureSource(digest, loaded.config, transform_spec(loaded.config), options.storage, precision)
+        # An index of photographs that were decoded by another rule would mix both.
+        transform = transform_spec(loaded.config) | {"decoder": DECODER_VERSION}
+        source = FeatureSource(digest, loaded.config, transform, options.storage, precision)
         with progress_bar("Encoding images", enabled=ranks.is_main) as on_progress:
             report = build_index(
                 loaded.model,

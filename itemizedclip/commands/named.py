@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
-from itemizedclip.runtime.errors import EXIT_WRONG_FLAG
+from itemizedclip.runtime.errors import EXIT_WRONG_FILE, EXIT_WRONG_FLAG, reported_errors
 from itemizedclip.runtime.registry import Registry
 
+T = TypeVar("T")
 
-def usage(prog: str, registry: Registry, arguments: str) -> str:
+
+def usage(prog: str, registry: Registry[Any], arguments: str) -> str:
     """The list of what a registry has, for `itemizedclip train --help` and its like."""
     names = registry.names()
     width = max(map(len, names), default=0)
@@ -24,7 +27,7 @@ def usage(prog: str, registry: Registry, arguments: str) -> str:
     )
 
 
-def split_name(argv: Sequence[str] | None, prog: str, registry: Registry, arguments: str) -> tuple[str, list[str]]:
+def split_name(argv: Sequence[str] | None, prog: str, registry: Registry[Any], arguments: str) -> tuple[str, list[str]]:
     """The name a command begins with, and the rest.
 
     Raises:
@@ -38,3 +41,17 @@ def split_name(argv: Sequence[str] | None, prog: str, registry: Registry, argume
         print(f"{prog}: no {registry.what} named first\n\n{usage(prog, registry, arguments)}", file=sys.stderr)
         raise SystemExit(EXIT_WRONG_FLAG)
     return given[0], given[1:]
+
+
+def load_named(registry: Registry[T], name: str, prog: str) -> T:
+    """What a registry has under a name.
+
+    Raises:
+        SystemExit: no such thing (2), or packages that are not installed (1), after one message.
+    """
+    try:
+        with reported_errors(prog):
+            return registry.load(name)
+    except SystemExit as stop:
+        known = name in registry.names()
+        raise SystemExit(EXIT_WRONG_FILE if known else EXIT_WRONG_FLAG) from stop

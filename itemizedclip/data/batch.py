@@ -6,7 +6,7 @@ Axes: B studies (images), K item slots, C text context length, S series.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class ItemSample:
         items: the text items to use, already drawn and shuffled for training; at least one.
         is_normal: radiology only, the study has no finding (paper: normal check).
         series_names: int64 (S, 110) encoded series names, or None.
+        skipped: parts that could not be used and are not in the image, such as series: a message each.
     """
 
     sample_id: str
@@ -43,6 +44,7 @@ class ItemSample:
     items: list[str]
     is_normal: bool = False
     series_names: Tensor | None = None
+    skipped: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,22 +22,27 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from itemizedclip.data.batch import Tokenizer
+from itemizedclip.data.batch import BadSampleError, Tokenizer
 from itemizedclip.evaluation.encoding import (
     EncodingOptions,
-    ItemDataset,
+    ImageBatch,
     encode_images,
     encode_texts,
     evaluation_mode,
-    in_order_of_rows,
     model_device,
     number_texts,
 )
+from itemizedclip.evaluation.evaluator import ItemDataset, facts_of_unusable, joined_unusable, parts_of, sample_id_of
 from itemizedclip.evaluation.ranks import top_k_table
+from itemizedclip.evaluation.scores import ScoreStore, StoredScores
 from itemizedclip.evaluation.tcsim import Scoring, create_scorer
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
+from itemizedclip.runtime.collectives import gather_objects, gather_rows, rank
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.logs import OnProgress
+from itemizedclip.runtime.processes import on_main
+
+logger = logging.getLogger(__name__)
 
 TOP_CUTOFFS = (1, 5)
 """k of the top-k accuracies."""
@@ -126,8 +133,8 @@ class ZeroShotClassifier:
 
 
 @dataclass
-class _ClassEvaluator(ABC):
-    """What single-label and multi-label evaluation share.
+class ClassEvaluator(ABC):
+    """Scores of images with classes, and what is measured of them.
 
     Attributes:
         dataset: images; items are not used.
@@ -138,10 +145,16 @@ class _ClassEvaluator(ABC):
         scorings: one or both of "tcsim" and "global"; with both, every measure is prefixed "tcsim/" or "global/" and
             images are encoded once.
         normalise_tokens: the published zero-shot evaluations do; see `TcsimScorer`.
-        encoding: batch sizes, workers, precision of the towers.
+        encoding: batch sizes, workers, precision of the towers, what to do about images that cannot be used.
         score_dtype: precision of scoring.
+        store: keeps the scores of each image as soon as they are known; an evaluation that was stopped goes on. An
+            image that cannot be used then ends the evaluation when the others have been scored.
+        unit: what the images are called in messages.
         on_progress: called after each batch.
         facts: after `run`: numbers of images and classes, prompts and their fingerprint, scoring.
+        rows: after `scores`: N images that have scores.
+        unusable: after `scores`: row → why an image was left out.
+        skipped: after `scores`: why parts of images that were scored now could not be used.
     """
 
     dataset: ItemDataset
@@ -153,8 +166,13 @@ class _ClassEvaluator(ABC):
     normalise_tokens: bool = True
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
     score_dtype: torch.dtype = torch.float32
+    store: ScoreStore | None = None
+    unit: str = "images"
     on_progress: OnProgress | None = None
     facts: dict[str, Any] = field(default_factory=dict, init=False)
+    rows: list[int] = field(default_factory=list, init=False)
+    unusable: dict[int, str] = field(default_factory=dict, init=False)
+    skipped: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.labels) <= len(self.dataset):
@@ -164,30 +182,32 @@ class _ClassEvaluator(ABC):
             )
         if not self.scorings or len(set(self.scorings)) != len(self.scorings):
             raise UserError(f"{self.name}: scorings are {list(self.scorings)}; expected tcsim, global or both")
+        self.rows = list(range(len(self.labels)))
 
     def run(self, model: DualEncoder) -> dict[str, float]:
-        """The measures, the same on every rank; all ranks must call it."""
+        """The measures, the same on every rank; all ranks must call it.
+
+        Raises:
+            BadSampleError: images that cannot be used, see `EncodingOptions.on_bad_sample`.
+            ValueError: scores that are not finite, or labels of which nothing can be measured.
+        """
         table: dict[str, float] = {}
         for scoring, scores_NC in self.scores(model).items():
-            if torch.isnan(scores_NC).any():
-                raise UserError(f"{self.name}: scores hold NaN: check the weights and the precision")
+            self._check_finite(scores_NC)
             prefix = f"{scoring}/" if len(self.scorings) > 1 else ""
             table |= {prefix + key: value for key, value in self.measures(scores_NC).items()}
         return table
 
     @torch.no_grad()
     def scores(self, model: DualEncoder) -> dict[Scoring, Tensor]:
-        """Scores (N, C) by kind, float32 on the CPU, on every rank."""
-        device = model_device(model)
-        self.facts |= {
-            "num_images": len(self.labels),
-            "num_classes": len(self.classes.names),
-            "prompts": {name: list(prompts) for name, prompts in zip(self.classes.names, self.classes.prompts)},
-            "prompts_sha256": self.classes.sha256,
-            "scoring": list(self.scorings),
-            "normalise_tokens": "tcsim" in self.scorings and self.normalise_tokens,
-        }
-        with evaluation_mode(model):
+        """Scores (N, C) of the images `rows` by kind, float32 on the CPU, on every rank."""
+        device, C = model_device(model), len(self.classes.names)
+        known = self._known()
+        unusable: dict[int, str] = {}
+        # With a store the others are scored first, so that nothing is computed twice.
+        encoding = self.encoding if self.store is None else replace(self.encoding, on_bad_sample="skip")
+        self.skipped = []
+        with evaluation_mode(model), self._keeping() as keep:
             classifiers = [
                 ZeroShotClassifier(
                     model,
@@ -201,25 +221,93 @@ class _ClassEvaluator(ABC):
                 for scoring in self.scorings
             ]
             rows = [torch.empty(0, dtype=torch.int64, device=device)]
-            scores = [[torch.empty((0, len(self.classes.names)), device=device)] for _ in classifiers]
+            scores = [torch.empty((0, len(classifiers) * C), device=device)]
             for batch in encode_images(
-                model, self.dataset, self.encoding, num_images=len(self.labels), on_progress=self.on_progress
+                model,
+                self.dataset,
+                encoding,
+                rows=range(len(self.labels)),
+                known=known,
+                unusable=unusable,
+                on_progress=self.on_progress,
             ):
                 rows.append(batch.rows_B)
-                for kept, classifier in zip(scores, classifiers):
-                    kept.append(classifier.score(batch.features))
-        rows_n = torch.cat(rows)
-        return {
-            scoring: in_order_of_rows(rows_n, torch.cat(kept)).cpu() for scoring, kept in zip(self.scorings, scores)
+                scores.append(torch.cat([classifier.score(batch.features) for classifier in classifiers], dim=1))
+                keep(batch, scores[-1])
+                self.skipped += [message for messages in batch.skipped for message in messages]
+        self.skipped = [message for share in gather_objects(self.skipped) for message in share]
+        self.unusable = joined_unusable(self, unusable, len(self.labels))
+        on_main(self._check_unusable)
+        stored = torch.tensor(list(known.values()), dtype=torch.float32).reshape(len(known), len(classifiers) * C)
+        rows_N = torch.cat([gather_rows(torch.cat(rows)).cpu(), torch.tensor(list(known), dtype=torch.int64)])
+        scores_N = torch.cat([gather_rows(torch.cat(scores)).cpu(), stored])
+        order_N = rows_N.argsort()
+        self.rows = rows_N[order_N].tolist()
+        self.facts |= {
+            "num_images": len(self.rows),
+            "num_classes": C,
+            "prompts": {name: list(prompts) for name, prompts in zip(self.classes.names, self.classes.prompts)},
+            "prompts_sha256": self.classes.sha256,
+            "scoring": list(self.scorings),
+            "normalise_tokens": "tcsim" in self.scorings and self.normalise_tokens,
+            **facts_of_unusable(self.dataset, self.unusable),
         }
+        return dict(zip(self.scorings, scores_N[order_N].split(C, dim=1)))
 
     @abstractmethod
     def measures(self, scores_NC: Tensor) -> dict[str, float]:
-        """The measures of one score matrix."""
+        """The measures of one score matrix, of the images `rows`."""
+
+    def _known(self) -> Mapping[int, list[float]]:
+        """Row → scores of an earlier evaluation, on every rank."""
+        store = self.store
+        return {} if store is None else on_main(lambda: self._taken_over(store))
+
+    def _taken_over(self, store: ScoreStore) -> dict[int, list[float]]:
+        found = store.take_over()
+        known = {}
+        for row in range(len(self.labels)):
+            entry = found.get(sample_id_of(self.dataset, row))
+            if entry is not None and not entry.skipped and entry.parts == parts_of(self.dataset, row):
+                known[row] = entry.scores
+        if known:
+            logger.info("%d of %d %s were scored before (%s)", len(known), len(self.labels), self.unit, store.path(0))
+        return known
+
+    @contextmanager
+    def _keeping(self) -> Iterator[Callable[[ImageBatch, Tensor], None]]:
+        """What puts the scores of a batch into the store, if there is one."""
+        if self.store is None:
+            yield lambda batch, scores: None
+            return
+        with self.store.appending(rank()) as writer:
+
+            def keep(batch: ImageBatch, scores: Tensor) -> None:
+                self._check_finite(scores)
+                writer.add(
+                    StoredScores(sample_id_of(self.dataset, row), parts_of(self.dataset, row), skipped, own)
+                    for row, skipped, own in zip(batch.rows_B.tolist(), batch.skipped, scores.tolist())
+                )
+
+            yield keep
+
+    def _check_finite(self, scores: Tensor) -> None:
+        if not torch.isfinite(scores).all():
+            raise UserError(
+                f"{self.name}: scores are not finite: check the weights (--resume) and use --precision fp32"
+            )
+
+    def _check_unusable(self) -> None:
+        if self.unusable and self.encoding.on_bad_sample == "stop" and self.store is not None:
+            raise BadSampleError(
+                f"{len(self.unusable):,} of {len(self.labels):,} {self.unit} cannot be read, the first: "
+                f"{next(iter(self.unusable.values()))}. The scores of the others are kept in {self.store.folder}: mend "
+                f"these {self.unit}, or leave them out with --on-bad-sample skip, and go on"
+            )
 
 
 @dataclass
-class SingleLabelEvaluator(_ClassEvaluator):
+class SingleLabelEvaluator(ClassEvaluator):
     """One true class per image: top-1, top-5 and mean rank of the true class (from 1, ties by mid-rank).
 
     `labels`: N class numbers 0 … C − 1.
@@ -236,11 +324,12 @@ class SingleLabelEvaluator(_ClassEvaluator):
 
     def measures(self, scores_NC: Tensor) -> dict[str, float]:
         """`top1`, `top5`, `mean_rank`."""
-        return top_k_table(class_ranks(scores_NC, torch.as_tensor(self.labels)), TOP_CUTOFFS)
+        labels_N = torch.as_tensor(self.labels)[self.rows]
+        return top_k_table(class_ranks(scores_NC, labels_N), TOP_CUTOFFS)
 
 
 @dataclass
-class MultiLabelEvaluator(_ClassEvaluator):
+class MultiLabelEvaluator(ClassEvaluator):
     """Any number of true classes per image: AUC of each class and their mean.
 
     `labels`: (N, C) of 0, 1, or NaN for unknown; unknown entries are left out of their class. A class whose known
@@ -260,7 +349,7 @@ class MultiLabelEvaluator(_ClassEvaluator):
 
     def measures(self, scores_NC: Tensor) -> dict[str, float]:
         """`macro_auc` and `auc/<class>` of every class that has one."""
-        per_class = class_aucs(scores_NC, self.labels)
+        per_class = class_aucs(scores_NC, self.labels[self.rows])
         known = {name: auc for name, auc in zip(self.classes.names, per_class) if auc is not None}
         self.facts["undefined_classes"] = [name for name in self.classes.names if name not in known]
         if not known:

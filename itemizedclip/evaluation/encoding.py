@@ -8,31 +8,25 @@ whatever the number of ranks, and so is every number computed from it, to the la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itemizedclip.data.batch import BadSampleError, ItemSample, Tokenizer, trim_padding
+from itemizedclip.evaluation.evaluator import ItemDataset, has_parts, items_of, parts_of
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.runtime import collectives
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.logs import OnProgress
 
-
-class ItemDataset(Protocol):
-    """A data set in evaluation mode: atomic items, all of them, in a fixed order.
-
-    A data set may also have `items(index) -> list[str]`, which spares decoding each image twice.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> ItemSample: ...
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,8 @@ class EncodingOptions:
     """Processes that read images; 0 reads in this one."""
     autocast_dtype: torch.dtype | None = None
     """Precision of the towers under autocast; None leaves them in the precision of their weights."""
+    on_bad_sample: Literal["skip", "stop"] = "stop"
+    """An image that cannot be used is left out, named and counted, or ends the evaluation."""
 
     def __post_init__(self) -> None:
         for name, lowest in (("batch_size", 1), ("text_batch_size", 1), ("num_workers", 0)):
@@ -57,44 +53,87 @@ class EncodingOptions:
                 raise UserError(f"{name} is {getattr(self, name)}; expected at least {lowest}")
 
 
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images `rows_B` of the data set, with their features."""
+    """Images `rows_B` of the data set, with their features; of each, why parts of it could not be used."""
 
     rows_B: Tensor
     features: ImageFeatures
+    skipped: list[list[str]]
 
 
-@dataclass
-class _Images(Dataset):
-    """Samples without their texts: (row, image, series names)."""
+def plan_batches(num_parts: Mapping[int, int], batch_size: int) -> list[list[int]]:
+    """Rows in batches of one number of parts, most first, in order of rows among equals.
 
-    dataset: ItemDataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> tuple[int, str, Tensor, Tensor | None]:
-        sample = self.dataset[row]
-        return row, sample.sample_id, sample.image, sample.series_names
-
-
-def _collate(samples: list[tuple[int, str, Tensor, Tensor | None]]) -> tuple[Tensor, Tensor, Tensor | None]:
-    rows, names, images, series_names = zip(*samples)
-    for name, image in zip(names, images):
-        if image.shape != images[0].shape:
-            raise BadSampleError(
-                f"{name} is {tuple(image.shape)}, {names[0]} is {tuple(images[0].shape)}: images of one batch must "
-                "have one shape. Resize them alike, or use batch size 1."
-            )
-    known = [series for series in series_names if series is not None]
-    return torch.tensor(rows), torch.stack(images), torch.stack(known) if known else None
+    Args:
+        num_parts: row → parts of the image.
+        batch_size: rows of a batch.
+    """
+    order = sorted(num_parts, key=lambda row: (-num_parts[row], row))
+    batches: list[list[int]] = []
+    for row in order:
+        if batches and len(batches[-1]) < batch_size and num_parts[batches[-1][0]] == num_parts[row]:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
 
 
 def own_batches(count: int, batch_size: int) -> list[list[int]]:
     """This rank's batches of 0 … count − 1."""
-    starts = range(0, count, batch_size)[collectives.rank() :: collectives.world_size()]
-    return [list(range(start, min(start + batch_size, count))) for start in starts]
+    return plan_batches(dict.fromkeys(range(count), 0), batch_size)[collectives.rank() :: collectives.world_size()]
+
+
+_Read = tuple[int, "ItemSample | str"]
+"""An image of a row, or why it cannot be used."""
+
+_Group = tuple[Tensor, Tensor, "Tensor | None", list[list[str]]]
+"""Images of one shape: rows, images, series names, skipped parts; a plain tuple, so that the loader can pin it."""
+
+
+@dataclass
+class _Images(Dataset[_Read]):
+    dataset: ItemDataset
+    skip: bool
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> _Read:
+        try:
+            return row, self.dataset[row]
+        except BadSampleError as error:
+            if not self.skip:
+                raise
+            return row, str(error)
+
+
+def _collate(entries: list[_Read], *, one_shape: bool) -> tuple[list[_Group], list[tuple[int, str]]]:
+    """Images stacked by shape, and the rows that cannot be used."""
+    by_shape: dict[tuple[int, ...], list[tuple[int, ItemSample]]] = {}
+    unusable = []
+    for row, sample in entries:
+        if isinstance(sample, str):
+            unusable.append((row, sample))
+        else:
+            by_shape.setdefault(tuple(sample.image.shape), []).append((row, sample))
+    if one_shape and len(by_shape) > 1:
+        (_, first), (_, other) = (group[0] for group in list(by_shape.values())[:2])
+        raise BadSampleError(
+            f"{other.sample_id} is {tuple(other.image.shape)}, {first.sample_id} is {tuple(first.image.shape)}: images "
+            "of one batch must have one shape. Resize them alike, or use batch size 1."
+        )
+    groups: list[_Group] = []
+    for group in by_shape.values():
+        rows, samples = [row for row, _ in group], [sample for _, sample in group]
+        names = [sample.series_names for sample in samples if sample.series_names is not None]
+        images = torch.stack([sample.image for sample in samples])
+        series_names = torch.stack(names) if names else None
+        groups.append((torch.tensor(rows), images, series_names, [sample.skipped for sample in samples]))
+    return groups, unusable
 
 
 def encode_images(
@@ -102,27 +141,50 @@ def encode_images(
     dataset: ItemDataset,
     options: EncodingOptions,
     *,
-    num_images: int | None = None,
+    rows: Sequence[int] | None = None,
+    known: Container[int] = (),
+    unusable: dict[int, str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Iterator[ImageBatch]:
-    """This rank's share of the first `num_images` images (default: all), encoded.
+    """This rank's share of the images, encoded.
+
+    Args:
+        model: in eval mode.
+        dataset: the images.
+        options: batch size, workers, precision, what to do about images that cannot be used.
+        rows: which images; all of them when None.
+        known: rows that need not be encoded any more; which others share a batch does not depend on it.
+        unusable: gets row → why for images that cannot be used, with on_bad_sample="skip".
+        on_progress: called with (done, to do) after each batch.
 
     Raises:
-        BadSampleError: images of one batch differ in shape.
+        BadSampleError: an image that cannot be used, with on_bad_sample="stop", or images of one batch that differ in
+            shape, in a data set without parts.
     """
     device = model_device(model)
-    batches = own_batches(len(dataset) if num_images is None else num_images, options.batch_size)
+    rows = range(len(dataset)) if rows is None else rows
+    planned = plan_batches({row: len(parts_of(dataset, row)) for row in rows}, options.batch_size)
+    left = [[row for row in batch if row not in known] for batch in planned]
+    batches = [batch for batch in left if batch][collectives.rank() :: collectives.world_size()]
     loader = DataLoader(
-        _Images(dataset),
+        _Images(dataset, skip=options.on_bad_sample == "skip"),
         batch_sampler=batches,
         num_workers=options.num_workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, one_shape=not has_parts(dataset)),
         pin_memory=device.type == "cuda",
     )
     done, to_do = 0, sum(map(len, batches))
-    for rows_B, images, series_names in loader:
-        yield ImageBatch(rows_B.to(device), encode_image_batch(model, images, options, series_names=series_names))
-        done += len(rows_B)
+    for batch, (groups, failed) in zip(batches, loader):
+        for row, why in failed:
+            if unusable is not None and row not in unusable:
+                logger.warning("%s", why)
+                unusable[row] = why
+        for rows_B, images, series_names, skipped in groups:
+            for message in (message for messages in skipped for message in messages):
+                logger.warning("%s", message)
+            features = encode_image_batch(model, images, options, series_names=series_names)
+            yield ImageBatch(rows_B.to(device), features, skipped)
+        done += len(batch)
         if on_progress:
             on_progress(done, to_do)
 
@@ -140,25 +202,37 @@ def encode_image_batch(
         return model.encode_image(images, series_names=series_names)
 
 
-def read_items(dataset: ItemDataset, batch_size: int) -> list[list[str]]:
-    """The items of all N images, on every rank; each rank reads its share.
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def read_items(dataset: ItemDataset, options: EncodingOptions, unusable: dict[int, str]) -> dict[int, list[str]]:
+    """Row → items of all images that can be used, in order, on every rank; each rank reads its share.
+
+    Args:
+        dataset: the images.
+        options: see `EncodingOptions.on_bad_sample`.
+        unusable: gets row → why for images of this rank's share that cannot be used, or have no item.
 
     Raises:
-        BadSampleError: an image without an item.
+        BadSampleError: such an image, with on_bad_sample="stop".
     """
-    own = {row: _items_of(dataset, row) for batch in own_batches(len(dataset), batch_size) for row in batch}
-    merged: dict[int, list[str]] = {}
-    for share in collectives.gather_objects(own):
-        merged |= share
-    for row in range(len(dataset)):
-        if not merged[row]:
-            raise BadSampleError(f"image {row} of {type(dataset).__name__} has no text item; expected at least one")
-    return [merged[row] for row in range(len(dataset))]
-
-
-def _items_of(dataset: ItemDataset, row: int) -> list[str]:
-    items = getattr(dataset, "items", None)
-    return list(items(row) if callable(items) else dataset[row].items)
+    own: dict[int, list[str]] = {}
+    for row in (row for batch in own_batches(len(dataset), options.batch_size) for row in batch):
+        try:
+            own[row] = items_of(dataset, row)
+        except BadSampleError as error:
+            if options.on_bad_sample == "stop":
+                raise
+            unusable[row] = str(error)
+    merged = dict(sorted(entry for share in collectives.gather_objects(own) for entry in share.items()))
+    for row in [row for row, items in merged.items() if not items]:
+        why = f"image {row} of {type(dataset).__name__} has no text item; expected at least one"
+        if options.on_bad_sample == "stop":
+            raise BadSampleError(why)
+        del merged[row]
+        if row in own:
+            unusable[row] = why
+    return merged
 
 
 @torch.no_grad()

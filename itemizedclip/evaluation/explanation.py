@@ -21,7 +21,6 @@ from itemizedclip.data.batch import Tokenizer
 from itemizedclip.evaluation.attention import ItemMaps, maps_of_features
 from itemizedclip.evaluation.encoding import (
     EncodingOptions,
-    ItemDataset,
     encode_images,
     encode_texts,
     evaluation_mode,
@@ -30,6 +29,7 @@ from itemizedclip.evaluation.encoding import (
     number_texts,
     read_items,
 )
+from itemizedclip.evaluation.evaluator import ItemDataset, facts_of_unusable, joined_unusable
 from itemizedclip.evaluation.tcsim import float_head
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
@@ -140,9 +140,11 @@ class ExplainEvaluator:
         normalise_tokens: L2-normalise image tokens before the head.
         tolerance_px: a peak this near to the mask still hits, in pixels or voxels, one number or one per axis (Y, X) or
             (D, Y, X); 0 asks for a pixel of the mask itself. Another series of a study is never near.
-        encoding: batch sizes, workers, precision of the towers.
+        encoding: batch sizes, workers, precision of the towers, what to do about images that cannot be used.
+        unit: what the images are called in messages.
         on_progress: called after each batch.
         facts: after `run`: numbers of images, items and masks, rules.
+        unusable: after `run`: row → why an image was left out.
     """
 
     dataset: ItemDataset
@@ -151,8 +153,10 @@ class ExplainEvaluator:
     normalise_tokens: bool = False
     tolerance_px: float | tuple[float, ...] = 0.0
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
+    unit: str = "images"
     on_progress: OnProgress | None = None
     facts: dict[str, Any] = field(default_factory=dict, init=False)
+    unusable: dict[int, str] = field(default_factory=dict, init=False)
 
     @torch.no_grad()
     def run(self, model: DualEncoder) -> dict[str, float]:
@@ -166,28 +170,34 @@ class ExplainEvaluator:
             raise UserError(f"{self.name}: the data set is empty")
         device = model_device(model)
         get_masks = getattr(self.dataset, "masks", None)
+        unusable: dict[int, str] = {}
         with evaluation_mode(model):
-            items = read_items(self.dataset, self.encoding.batch_size)
-            texts, number_M = number_texts([text for own in items for text in own])
+            items = read_items(self.dataset, self.encoding, unusable)
+            self.unusable = joined_unusable(self, unusable, len(self.dataset))
+            texts, number_M = number_texts([text for own in items.values() for text in own])
             features_UD = encode_texts(model, self.tokenizer, texts, self.encoding)
-            numbers_of = number_M.to(device).split([len(own) for own in items])
+            numbers_of = dict(zip(items, number_M.to(device).split([len(own) for own in items.values()])))
             rows = [torch.empty(0, dtype=torch.int64)]
             findings = [torch.empty((0, _COLUMNS), dtype=torch.float64)]
-            for batch in encode_images(model, self.dataset, self.encoding, on_progress=self.on_progress):
+            for batch in encode_images(
+                model, self.dataset, self.encoding, rows=list(items), unusable=unusable, on_progress=self.on_progress
+            ):
                 own = [numbers_of[row] for row in batch.rows_B.tolist()]
                 maps_B = self._maps(model.head, features_UD, own, batch.features)
                 for row, maps in zip(batch.rows_B.tolist(), maps_B):
                     masks = get_masks(row) if callable(get_masks) else None
                     findings.append(self._findings(row, maps, masks))
                 rows.append(batch.rows_B.cpu())
+        self.unusable = joined_unusable(self, unusable, len(self.dataset))
         findings_N = in_order_of_rows(torch.cat(rows), torch.cat(findings))
         self.facts = {
-            "num_images": len(items),
-            "num_items": sum(map(len, items)),
+            "num_images": len(findings_N),
+            "num_items": sum(len(own) for row, own in items.items() if row not in self.unusable),
             "num_masks": int(findings_N[:, _NUM_MASKS].sum()),
             "normalise_tokens": self.normalise_tokens,
             "pointing_tolerance_px": list(given) if isinstance(given := self.tolerance_px, tuple) else given,
             "miou_threshold": FIXED_THRESHOLD,
+            **facts_of_unusable(self.dataset, self.unusable),
         }
         return _measures(findings_N)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from itemizedclip.data.batch import Tokenizer
 from itemizedclip.evaluation.encoding import (
     EncodingOptions,
-    ItemDataset,
     encode_images,
     encode_texts,
     evaluation_mode,
@@ -28,6 +27,7 @@ from itemizedclip.evaluation.encoding import (
     number_texts,
     read_items,
 )
+from itemizedclip.evaluation.evaluator import ItemDataset, facts_of_unusable, joined_unusable
 from itemizedclip.evaluation.ranks import RetrievalRanks, RivalCounts, validation_table
 from itemizedclip.evaluation.tcsim import Scoring, TextScorer, create_scorer
 from itemizedclip.models.dual_encoder import DualEncoder
@@ -53,10 +53,13 @@ class RetrievalEvaluator:
         equal_texts_are_rivals: whether a text that reads like one of the image's own, but belongs to another image,
             is a wrong answer (as published). False leaves such pairs out of the ranking; right where items repeat by
             design, as in the itemized scenes.
-        encoding: batch sizes, workers, precision of the towers.
+        encoding: batch sizes, workers, precision of the towers, what to do about images that cannot be used: left out,
+            their texts are no one's answer.
         score_dtype: precision of scoring.
+        unit: what the images are called in messages.
         on_progress: called after each batch.
         facts: after `run`: numbers of images and texts, scoring, fingerprint of the texts.
+        unusable: after `run`: row → why an image was left out.
     """
 
     dataset: ItemDataset
@@ -68,8 +71,10 @@ class RetrievalEvaluator:
     equal_texts_are_rivals: bool = True
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
     score_dtype: torch.dtype = torch.float32
+    unit: str = "images"
     on_progress: OnProgress | None = None
     facts: dict[str, Any] = field(default_factory=dict, init=False)
+    unusable: dict[int, str] = field(default_factory=dict, init=False)
 
     def run(self, model: DualEncoder) -> dict[str, float]:
         """The measures of `table`, the same on every rank; all ranks must call it.
@@ -87,18 +92,11 @@ class RetrievalEvaluator:
     def ranks(self, model: DualEncoder) -> RetrievalRanks:
         """Ranks of all true pairs, on every rank."""
         device = model_device(model)
-        items = read_items(self.dataset, self.encoding.batch_size)
-        texts, number_M = number_texts([text for own in items for text in own])
-        owner_M = torch.tensor([row for row, own in enumerate(items) for _ in own], device=device)
-        self.facts = {
-            "num_images": len(items),
-            "num_texts": len(owner_M),
-            "num_different_texts": len(texts),
-            "scoring": self.scoring,
-            "normalise_tokens": self.scoring == "tcsim" and self.normalise_tokens,
-            "equal_texts_are_rivals": self.equal_texts_are_rivals,
-            "texts_sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest(),
-        }
+        unusable: dict[int, str] = {}
+        items = read_items(self.dataset, self.encoding, unusable)
+        self.unusable = joined_unusable(self, unusable, len(self.dataset))
+        texts, number_M = number_texts([text for own in items.values() for text in own])
+        owner_M = torch.tensor([row for row, own in items.items() for _ in own], device=device)
         scorer = create_scorer(
             model.head,
             encode_texts(model, self.tokenizer, texts, self.encoding),
@@ -106,24 +104,64 @@ class RetrievalEvaluator:
             normalise_tokens=self.normalise_tokens,
             dtype=self.score_dtype,
         )
-        return self._count(model, scorer, number_M.to(device), owner_M)
+        ranks = self._count(model, scorer, list(items), unusable, number_M.to(device), owner_M)
+        used = [own for row, own in items.items() if row not in self.unusable]
+        self.facts = {
+            "num_images": len(used),
+            "num_texts": sum(map(len, used)),
+            "num_different_texts": len({text for own in used for text in own}),
+            "scoring": self.scoring,
+            "normalise_tokens": self.scoring == "tcsim" and self.normalise_tokens,
+            "equal_texts_are_rivals": self.equal_texts_are_rivals,
+            "texts_sha256": hashlib.sha256(json.dumps(used).encode()).hexdigest(),
+            **facts_of_unusable(self.dataset, self.unusable),
+        }
+        return ranks
 
-    def _count(self, model: DualEncoder, scorer: TextScorer, number_M: Tensor, owner_M: Tensor) -> RetrievalRanks:
-        counts = RivalCounts(owner_M)
+    def _count(
+        self,
+        model: DualEncoder,
+        scorer: TextScorer,
+        rows: Sequence[int],
+        unusable: dict[int, str],
+        number_M: Tensor,
+        owner_M: Tensor,
+    ) -> RetrievalRanks:
+        """Ranks of the pairs of images `rows` and texts; `unusable` are those of this rank's share, and gets more."""
         kept: list[tuple[Tensor, Tensor]] = []
         kept_bytes = 0
-        for rows_B, scores_BU in self._scores(model, scorer, self.on_progress):
-            counts.add_rows(rows_B, scores_BU[:, number_M], no_rivals_BM=self._no_rivals(rows_B, number_M, owner_M))
-            kept_bytes += scores_BU.numel() * scores_BU.element_size()
-            if kept_bytes <= KEPT_SCORE_BYTES:
-                kept.append((rows_B, scores_BU))
-            else:
-                kept.clear()
+
+        def first_pass() -> Iterator[tuple[Tensor, Tensor]]:
+            nonlocal kept_bytes
+            for rows_B, scores_BU in self._scores(model, scorer, rows, unusable, self.on_progress):
+                yield rows_B, scores_BU
+                kept_bytes += scores_BU.numel() * scores_BU.element_size()
+                if kept_bytes <= KEPT_SCORE_BYTES:
+                    kept.append((rows_B, scores_BU))
+                else:
+                    kept.clear()
+
+        def again() -> Iterable[tuple[Tensor, Tensor]]:
+            return kept if kept_bytes <= KEPT_SCORE_BYTES else self._scores(model, scorer, rows, unusable, None)
+
+        def count(blocks: Iterable[tuple[Tensor, Tensor]], add: Callable[..., None]) -> None:
+            for rows_B, scores_BU in blocks:
+                no_rivals_BM = self._no_rivals(rows_B, number_M, owner_M)
+                add(rows_B, scores_BU[:, number_M], no_rivals_BM=no_rivals_BM)
+
+        counts = RivalCounts(owner_M)
+        count(first_pass(), counts.add_rows)
+        failed = joined_unusable(self, unusable, len(self.dataset))
+        if len(failed) > len(self.unusable):
+            # Only now it is known which texts are without their image: the ranks are counted without them.
+            self.unusable = failed
+            used_M = ~torch.isin(owner_M, torch.tensor(list(failed), device=owner_M.device))
+            number_M, owner_M = number_M[used_M], owner_M[used_M]
+            counts = RivalCounts(owner_M)
+            count(again(), counts.add_rows)
         # Each text's true score is known to one rank and 0 on the others.
         counts.true_scores_M = collectives.all_reduce_sum(counts.true_scores_M)
-        all_kept = kept_bytes <= KEPT_SCORE_BYTES
-        for rows_B, scores_BU in kept if all_kept else self._scores(model, scorer, None):
-            counts.add_columns(rows_B, scores_BU[:, number_M], no_rivals_BM=self._no_rivals(rows_B, number_M, owner_M))
+        count(again(), counts.add_columns)
         counts.rival_texts_M = collectives.all_reduce_sum(counts.rival_texts_M)
         counts.rival_images_M = collectives.all_reduce_sum(counts.rival_images_M)
         return counts.ranks()
@@ -138,8 +176,15 @@ class RetrievalEvaluator:
         return own_BU[:, number_M] > 0
 
     def _scores(
-        self, model: DualEncoder, scorer: TextScorer, on_progress: OnProgress | None
+        self,
+        model: DualEncoder,
+        scorer: TextScorer,
+        rows: Sequence[int],
+        unusable: dict[int, str],
+        on_progress: OnProgress | None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's images, batch by batch: rows (B,) and scores (B, U)."""
-        for batch in encode_images(model, self.dataset, self.encoding, on_progress=on_progress):
+        for batch in encode_images(
+            model, self.dataset, self.encoding, rows=rows, unusable=unusable, on_progress=on_progress
+        ):
             yield batch.rows_B, scorer.score(batch.features)

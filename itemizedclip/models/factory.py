@@ -13,7 +13,6 @@ import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,12 @@ from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.tokenizers import ClipTokenizer
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import read_json
+from itemizedclip.runtime.registry import MissingExtraError, Registry
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
-ENTRY_POINT_GROUP = "itemizedclip.models"
+
+FAMILIES: Registry[type[DualEncoder]] = Registry("itemizedclip.models", "model family", {"vit": ItemizedCLIP2D})
+"""Value of `vision_cfg.tower` → DualEncoder class."""
 
 
 class CheckpointError(UserError):
@@ -40,21 +42,13 @@ class CheckpointError(UserError):
 # --- configs ---------------------------------------------------------------------------------------------------------
 
 
-def _families() -> dict[str, Callable[[], type[DualEncoder]]]:
-    """Tower name → loader of its DualEncoder class."""
-    found: dict[str, Callable[[], type[DualEncoder]]] = {"vit": lambda: ItemizedCLIP2D}
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        found[point.name] = point.load
-    return found
-
-
 def _config_files() -> dict[str, Path]:
     folders = [CONFIG_FOLDER]
-    for load in _families().values():
+    for name in FAMILIES.names():
         try:
-            folder = getattr(load(), "config_folder", None)
-        except ModuleNotFoundError:
-            continue  # a wing whose optional dependencies are not installed offers no models
+            folder = getattr(FAMILIES.load(name), "config_folder", None)
+        except MissingExtraError:
+            continue  # a wing whose optional packages are not installed offers no models
         folders += [Path(folder)] if folder else []
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
 
@@ -95,18 +89,12 @@ def load_model_config(name_or_path: str | Path) -> dict[str, Any]:
 
 def _family(config: Mapping[str, Any]) -> type[DualEncoder]:
     name = config["vision_cfg"].get("tower", "vit")
-    families = _families()
-    if name not in families:
+    if name not in FAMILIES.names():
         raise UserError(
-            f"vision_cfg.tower is {name!r}; installed families: {', '.join(sorted(families))}. "
+            f"vision_cfg.tower is {name!r}; installed families: {', '.join(FAMILIES.names())}. "
             "Run `pip install -e .` in the project so that the wings register theirs."
         )
-    try:
-        return families[name]()
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"models with vision_cfg.tower {name!r} need the package {error.name}: pip install -e '.[radiology]'"
-        ) from error
+    return FAMILIES.load(name)
 
 
 def create_model(config: str | Mapping[str, Any]) -> DualEncoder:

@@ -16,13 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 KeepMask = Tensor | float | None
 """Which (head, query, token) entries survive: a bool tensor (True = keep), a keep probability, or None for all."""
-
-BLOCK_BYTES = 256 * 2**20
-"""Attention weights of one block of images stay under this many bytes while training."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +108,8 @@ class ItemAttention(nn.Module):
 
     def _project_out(self, pooled_BHTd: Tensor) -> Tensor:
         B, _, T, _ = pooled_BHTd.shape
-        return self.attn.out_proj(pooled_BHTd.transpose(1, 2).reshape(B, T, self.width))
+        projected: Tensor = self.attn.out_proj(pooled_BHTd.transpose(1, 2).reshape(B, T, self.width))
+        return projected
 
     # --- attending ----------------------------------------------------------------------------------------------
 
@@ -171,8 +168,7 @@ class ItemAttention(nn.Module):
 
         The second pass restricts every head to the `num_key_tokens` tokens with the largest head-averaged weight of
         the first (no gradient through the choice); None skips it. Both share one product of queries and keys.
-        Images are processed in blocks whose weights fit `BLOCK_BYTES`; blocks recompute in the backward pass when
-        there is more than one, so memory does not grow with B·T·L.
+        This is the plain way, with the weights kept for autograd; `objectives.fused` is the one for training.
 
         Args:
             items_BTD: (B, T, D) text items.
@@ -182,64 +178,26 @@ class ItemAttention(nn.Module):
             generator: source of the keep draws; the default generator of the device otherwise.
         """
         queries = self.project_queries(items_BTD)
-        B, T, _ = queries.shape
-        L = projected.num_tokens
-        rate = keep if isinstance(keep, float) and keep < 1.0 else None
         mask = keep if isinstance(keep, Tensor) else None
-        # One seed per call: a block then draws the same entries when it is recomputed.
-        seed = None
-        if rate is not None:
-            device = generator.device if generator is not None else torch.device("cpu")
-            seed = int(torch.randint(2**62, (), generator=generator, device=device))
-        bytes_per_image = self.num_heads * T * (L + 1) * 4
-        block = max(1, min(B, BLOCK_BYTES // bytes_per_image))
-        recompute = block < B and torch.is_grad_enabled()
-        passes = []
-        for start in range(0, B, block):
-            rows = slice(start, start + block)
-            arguments = (
-                queries[rows],
-                projected.keys[rows],
-                projected.values[rows],
-                None if mask is None else mask[rows],
-                rate,
-                None if seed is None else seed + start,
-                num_key_tokens,
-            )
-            if recompute:
-                passes.append(checkpoint(self._two_passes, *arguments, use_reentrant=False, preserve_rng_state=False))
-            else:
-                passes.append(self._two_passes(*arguments))
-        pooled = self._project_out(torch.cat([first for first, _ in passes]))
-        if num_key_tokens is None:
-            return pooled, None
-        return pooled, self._project_out(torch.cat([second for _, second in passes if second is not None]))
-
-    def _two_passes(
-        self,
-        queries_BTD: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        rate: float | None,
-        seed: int | None,
-        num_key_tokens: int | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Pooled values (B, H, T, d) of the two passes over one block of images."""
-        queries = self._split_heads(queries_BTD).to(keys.dtype) * (self.width // self.num_heads) ** -0.5
-        logits = torch.matmul(queries, keys.transpose(-1, -2)).float()
-        if rate is not None:
-            generator = torch.Generator(device=logits.device).manual_seed(seed)  # type: ignore[arg-type]
+        queries = self._split_heads(queries).to(projected.keys.dtype) * (self.width // self.num_heads) ** -0.5
+        logits = at_least_float32(torch.matmul(queries, projected.keys.transpose(-1, -2)))
+        if isinstance(keep, float) and keep < 1.0:
             mask = torch.empty(logits[..., :-1].shape, dtype=torch.bool, device=logits.device)
-            mask.bernoulli_(rate, generator=generator)
+            mask.bernoulli_(keep, generator=generator)
         weights = softmax_kept(logits, mask)
-        pooled = torch.matmul(weights.to(values.dtype), values)
+        values = projected.values
+        pooled = self._project_out(torch.matmul(weights.to(values.dtype), values))
         if num_key_tokens is None:
             return pooled, None
         head_mean_BTL = weights[..., :-1].detach().mean(1)
         top = head_mean_BTL.topk(num_key_tokens, dim=-1, sorted=False).indices
         key_mask = torch.zeros_like(head_mean_BTL, dtype=torch.bool).scatter_(-1, top, True)[:, None]
-        return pooled, torch.matmul(softmax_kept(logits, key_mask).to(values.dtype), values)
+        return pooled, self._project_out(torch.matmul(softmax_kept(logits, key_mask).to(values.dtype), values))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float32, or float64 left as it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def softmax_kept(logits: Tensor, keep: Tensor | None) -> Tensor:

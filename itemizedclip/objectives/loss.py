@@ -10,19 +10,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from itemizedclip.models.item_attention import ItemAttention, KeepMask, ProjectedTokens
-from itemizedclip.objectives.exchange import RemoteItems, gather_items
-from itemizedclip.objectives.pairing import Pairing, build_pairing, sample_pairing
-from itemizedclip.objectives.terms import (
-    cosine_logits,
-    drop_duplicates,
-    drop_normal_pairs,
-    pair_loss,
-    separation_loss,
-    upweight_worst_positive,
+from itemizedclip.models.item_attention import ItemAttention, KeepMask, ProjectedTokens, at_least_float32
+from itemizedclip.objectives.exchange import Exchange, RemoteItems, send_items, with_gradient
+from itemizedclip.objectives.fused import TermWeights, fused_losses
+from itemizedclip.objectives.pairing import (
+    Checks,
+    ItemRows,
+    Pairs,
+    RankPairs,
+    global_pairs,
+    local_pairs,
+    sample_pairing,
+    separation_pairs,
 )
+from itemizedclip.objectives.terms import cosine_logits, pair_loss, upweight_worst_positive
 
 TERMS = ("ila", "kta", "mps", "iis")
 
@@ -91,6 +95,11 @@ class ObjectiveOptions:
         """Whether the logit bias β takes part; a softmax has none."""
         return self.baseline != "clip"
 
+    @property
+    def checks(self) -> Checks:
+        """Which negative pairs carry no loss."""
+        return Checks(normal=self.normal_check, duplicates=self.mask_duplicates)
+
     def num_key_tokens(self, num_tokens: int) -> int | None:
         """Key tokens per query among L tokens, at least 1; None when KTA is off."""
         return max(1, int(self.key_token_fraction * num_tokens)) if self.kta_weight else None
@@ -128,6 +137,11 @@ class LossInputs:
                 f"{tuple(self.image_global_BD.shape)} must both hold the item mask's {B} images"
             )
 
+    @property
+    def rows(self) -> ItemRows:
+        """What pairing asks for."""
+        return ItemRows(self.item_mask_BK, self.is_normal_B, self.item_ids_N)
+
 
 def itemized_losses(
     head: ItemAttention,
@@ -138,6 +152,8 @@ def itemized_losses(
     *,
     index_BT: Tensor | None = None,
     keep_mask_BHTL: Tensor | None = None,
+    exchange: Exchange | None = None,
+    fused: bool = True,
 ) -> dict[str, Tensor]:
     """The total loss and its unweighted terms on this rank, as scalars.
 
@@ -149,144 +165,117 @@ def itemized_losses(
         options: weights of the terms.
         index_BT: given pairs instead of drawn ones (tests).
         keep_mask_BHTL: given keep mask instead of a drawn one (tests; one rank only).
+        exchange: given items of other ranks instead of the process group's (tests and benchmarks).
+        fused: differentiate while computing, for one backward pass of "loss" alone. False is the plain way, in memory
+            that grows with ranks and queries: each term has a gradient, of any order and under `torch.func` too.
 
     Returns:
         "loss" and, for each term whose weight is not 0, "ila", "kta", "mps", "iis".
     """
-    mask = inputs.item_mask_BK
-    pairing = sample_pairing(mask) if index_BT is None else build_pairing(index_BT, mask)
-    if options.mask_duplicates and inputs.item_ids_N is None:
-        raise ValueError("mask_duplicates needs item_ids_N, the numbers of the item texts")
-    remotes = gather_items(inputs.item_features_ND, mask, inputs.is_normal_B, pairing, inputs.item_ids_N)
-    terms = _Terms(head, inputs, logit_scale, logit_bias, options, keep_mask_BHTL)
-    losses = terms.own(pairing)
-    for remote in remotes:
-        for name, value in terms.remote(remote).items():
-            losses[name] = losses[name] + value
+    rows = inputs.rows
+    B, K = rows.mask_BK.shape
+    if index_BT is None:
+        index_BT = sample_pairing(rows.mask_BK).index_BT
+    own_index = index_BT
+    if exchange is None:
+        exchange = send_items(inputs.item_features_ND, rows, index_BT)
+    needs_local = bool(options.ila_weight or options.kta_weight or options.iis_weight)
+    keep: Tensor | float = options.ila_keep_rate if keep_mask_BHTL is None else keep_mask_BHTL
     weights = {name: getattr(options, f"{name}_weight") for name in TERMS}
-    losses = {name: losses[name] for name in TERMS if weights[name]}
+    denominators = {"ila": B, "kta": B, "mps": B * K, "iis": B * K}
+
+    def pairs_of(remote: RemoteItems | None) -> RankPairs:
+        own, items = remote is None, rows if remote is None else remote.rows
+        index = own_index if remote is None else remote.index_BT
+        return RankPairs(
+            own,
+            local_pairs(rows, items, index, options.checks, own=own) if needs_local else None,
+            global_pairs(rows, items, options.checks, own=own) if options.mps_weight else None,
+            separation_pairs(rows, options.checks) if own and options.iis_weight else None,
+        )
+
+    if fused:
+        total, sums_4 = fused_losses(
+            head, inputs.image_tokens_BLD, inputs.image_global_BD, inputs.item_features_ND, logit_scale, logit_bias,
+            exchange, pairs_of,
+            own_mask_BK=rows.mask_BK, factors=TermWeights(**{n: weights[n] / denominators[n] for n in TERMS}),
+            worst_positive_factor=options.worst_positive_factor, keep=keep,
+            num_key_tokens=options.num_key_tokens(inputs.image_tokens_BLD.shape[1]),
+        )  # fmt: skip
+        values = dict(zip(TERMS, sums_4.unbind()))
+        return {"loss": total, **{name: values[name] / denominators[name] for name in TERMS if weights[name]}}
+
+    # Every set of queries this rank's images meet: its own first, then each other rank's.
+    sets = [(inputs.item_features_ND, pairs_of(None))]
+    if exchange is not None:
+        remotes, tickets = exchange.wait(), exchange.ticket_WND.unbind()
+        sets += [(with_gradient(tickets[r.slot], r.features_ND), pairs_of(r)) for r in remotes]
+    scale, bias = at_least_float32(logit_scale), at_least_float32(logit_bias)
+    projected = head.project(inputs.image_tokens_BLD) if needs_local else None
+    collected: dict[str, list[Tensor]] = {name: [] for name in TERMS}
+    for features_ND, pairs in sets:
+        if projected is not None:
+            for name, value in local_losses(
+                head, projected, features_ND, pairs, rows.mask_BK, scale, bias, keep, options
+            ).items():
+                collected[name].append(value)
+        if pairs.everyone is not None:
+            collected["mps"].append(global_loss(inputs.image_global_BD, features_ND, pairs.everyone, scale, bias))
+    losses = {name: torch.stack(collected[name]).sum() / denominators[name] for name in TERMS if weights[name]}
     total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
     return {"loss": total, **losses}
 
 
-class _Terms:
-    """This rank's images against one set of items after another, with one projection of the tokens."""
+def local_losses(
+    head: ItemAttention,
+    projected: ProjectedTokens,
+    items_ND: Tensor,
+    pairs: RankPairs,
+    own_mask_BK: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    keep: KeepMask,
+    options: ObjectiveOptions,
+) -> dict[str, Tensor]:
+    """Sums of ILA, and where asked for KTA and IIS, of this rank's images against one rank's queries.
 
-    def __init__(
-        self,
-        head: ItemAttention,
-        inputs: LossInputs,
-        logit_scale: Tensor,
-        logit_bias: Tensor,
-        options: ObjectiveOptions,
-        keep_mask_BHTL: Tensor | None,
-    ) -> None:
-        self.head = head
-        self.inputs = inputs
-        self.scale = logit_scale.float()
-        self.bias = logit_bias.float()
-        self.options = options
-        self.needs_local = bool(options.ila_weight or options.kta_weight or options.iis_weight)
-        self.projected: ProjectedTokens | None = head.project(inputs.image_tokens_BLD) if self.needs_local else None
-        self.num_key_tokens = options.num_key_tokens(inputs.image_tokens_BLD.shape[1])
-        self.keep: KeepMask = options.ila_keep_rate if keep_mask_BHTL is None else keep_mask_BHTL
+    Args:
+        head: the item-conditioned attention.
+        projected: keys and values of the images.
+        items_ND: the item table of that rank.
+        pairs: who meets whom.
+        own_mask_BK: which items of this rank are real, to choose the worst one.
+        scale: τ.
+        bias: β.
+        keep: keep mask or keep probability of ILA.
+        options: key tokens and the factor of the worst positive.
+    """
+    pairing, separation = pairs.local, pairs.separation
+    assert pairing is not None
+    items_BTD = items_ND[pairing.index_BT]
+    num_key_tokens = options.num_key_tokens(projected.num_tokens)
+    pooled, key_pooled = head.attend_with_key_tokens(items_BTD, projected, keep=keep, num_key_tokens=num_key_tokens)
+    logits = cosine_logits(pooled, items_BTD, scale, bias)
+    weights, columns = pairing.weights_BT, pairing.own_columns_BK
+    if pairs.own:
+        # One choice, made on the ILA logits, serves ILA and KTA alike.
+        weights = upweight_worst_positive(weights, logits, columns, own_mask_BK, options.worst_positive_factor)
+    sums = {"ila": pair_loss(logits, pairing.labels_BT, weights)}
+    if key_pooled is not None:
+        sums["kta"] = pair_loss(cosine_logits(key_pooled, items_BTD, scale, bias), pairing.labels_BT, weights)
+    if separation is not None:
+        B, K = columns.shape
+        own_pooled = pooled.gather(1, columns[:, :, None].expand(-1, -1, pooled.shape[-1]))
+        own_logits = cosine_logits(own_pooled[:, :, None], items_ND.view(B, 1, K, -1), scale, bias)
+        sums["iis"] = pair_loss(own_logits, separation.labels, separation.weights)
+    return sums
 
-    def own(self, pairing: Pairing) -> dict[str, Tensor]:
-        """ILA, KTA, MPS and IIS of this rank's own items."""
-        inputs, options = self.inputs, self.options
-        B, K = inputs.item_mask_BK.shape
-        items_BTD = inputs.item_features_ND[pairing.index_BT]
-        is_own_BT = pairing.labels_BT > 0
-        weights = pairing.weights_BT
-        if options.normal_check:
-            normal = inputs.is_normal_B
-            weights = drop_normal_pairs(weights, normal[:, None], normal[pairing.owner_BT], is_own_BT)
-        weights = self._drop_duplicates(weights, inputs.item_ids_N, pairing.index_BT, is_own_BT)
-        losses: dict[str, Tensor] = {}
-        if self.needs_local:
-            columns = pairing.own_columns_BK
-            pooled, key_pooled, logits = self._local(items_BTD)
-            # One choice, made on the ILA logits, serves ILA and KTA alike.
-            uwp = upweight_worst_positive(weights, logits, columns, inputs.item_mask_BK, options.worst_positive_factor)
-            losses["ila"] = pair_loss(logits, pairing.labels_BT, uwp) / B
-            if key_pooled is not None:
-                key_logits = cosine_logits(key_pooled, items_BTD, self.scale, self.bias)
-                losses["kta"] = pair_loss(key_logits, pairing.labels_BT, uwp) / B
-            if options.iis_weight:
-                own_pooled = pooled.gather(1, columns[:, :, None].expand(-1, -1, pooled.shape[-1]))
-                own_items = inputs.item_features_ND.view(B, 1, K, -1)
-                separation = cosine_logits(own_pooled[:, :, None], own_items, self.scale, self.bias)
-                ids = inputs.item_ids_N if options.mask_duplicates else None
-                ids_BK = None if ids is None else ids.view(B, K)
-                losses["iis"] = separation_loss(separation, inputs.item_mask_BK, ids_BK) / (B * K)
-        if options.mps_weight:
-            same_image = torch.eye(B, dtype=torch.bool, device=weights.device).repeat_interleave(K, dim=1)
-            losses["mps"] = self._global(
-                inputs.item_features_ND, inputs.item_mask_BK, inputs.is_normal_B, inputs.item_ids_N, same_image
-            )
-        return losses
 
-    def remote(self, remote: RemoteItems) -> dict[str, Tensor]:
-        """ILA, KTA and MPS of this rank's images against another rank's items: every pair is negative."""
-        options = self.options
-        B, K = self.inputs.item_mask_BK.shape
-        losses: dict[str, Tensor] = {}
-        if self.needs_local:
-            items_BTD = remote.features_ND[remote.index_BT]
-            weights = remote.weights_BT
-            if options.normal_check:
-                item_is_normal = remote.is_normal_B[remote.index_BT // K]
-                nothing_own = torch.zeros_like(item_is_normal)
-                weights = drop_normal_pairs(weights, self.inputs.is_normal_B[:, None], item_is_normal, nothing_own)
-            nothing_own = torch.zeros_like(remote.index_BT, dtype=torch.bool)
-            weights = self._drop_duplicates(weights, remote.item_ids_N, remote.index_BT, nothing_own)
-            _, key_pooled, logits = self._local(items_BTD)
-            losses["ila"] = pair_loss(logits, -1.0, weights) / B
-            if key_pooled is not None:
-                key_logits = cosine_logits(key_pooled, items_BTD, self.scale, self.bias)
-                losses["kta"] = pair_loss(key_logits, -1.0, weights) / B
-        if options.mps_weight:
-            nothing_own = torch.zeros(B, B * K, dtype=torch.bool, device=remote.index_BT.device)
-            losses["mps"] = self._global(
-                remote.features_ND, remote.item_mask_BK, remote.is_normal_B, remote.item_ids_N, nothing_own
-            )
-        return losses
-
-    def _drop_duplicates(self, weights: Tensor, ids_N: Tensor | None, index: Tensor, is_own: Tensor) -> Tensor:
-        """`drop_duplicates` for the items `index` of a table numbered `ids_N`, when it is switched on."""
-        own_ids = self.inputs.item_ids_N
-        if not self.options.mask_duplicates or ids_N is None or own_ids is None:
-            return weights
-        mask = self.inputs.item_mask_BK
-        return drop_duplicates(weights, ids_N[index], own_ids.view_as(mask), mask, is_own)
-
-    def _local(self, items_BTD: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Pooled embeddings, key-token embeddings and ILA logits of one set of queries."""
-        assert self.projected is not None
-        pooled, key_pooled = self.head.attend_with_key_tokens(
-            items_BTD, self.projected, keep=self.keep, num_key_tokens=self.num_key_tokens
-        )
-        return pooled, key_pooled, cosine_logits(pooled, items_BTD, self.scale, self.bias)
-
-    def _global(
-        self,
-        items_ND: Tensor,
-        mask_BK: Tensor,
-        item_is_normal_B: Tensor,
-        item_ids_N: Tensor | None,
-        same_image_BN: Tensor,
-    ) -> Tensor:
-        """MPS: the global feature of every image against every item of one rank."""
-        B, K = mask_BK.shape
-        image = torch.nn.functional.normalize(self.inputs.image_global_BD.float(), dim=-1)
-        items = torch.nn.functional.normalize(items_ND.float(), dim=-1)
-        # Autocast would take this product in half precision.
-        with torch.autocast(image.device.type, enabled=False):
-            logits = self.scale * (image @ items.T) + self.bias
-        weights = mask_BK.float().reshape(1, -1).expand_as(logits)
-        if self.options.normal_check:
-            item_is_normal = item_is_normal_B.repeat_interleave(K)[None]
-            weights = drop_normal_pairs(weights, self.inputs.is_normal_B[:, None], item_is_normal, same_image_BN)
-        every_item = torch.arange(B * K, device=logits.device)[None]
-        weights = self._drop_duplicates(weights, item_ids_N, every_item, same_image_BN)
-        return pair_loss(logits, 2.0 * same_image_BN - 1.0, weights) / (B * K)
+def global_loss(image_global_BD: Tensor, items_ND: Tensor, pairs: Pairs, scale: Tensor, bias: Tensor) -> Tensor:
+    """Sum of MPS: the global feature of every image against every item of one rank."""
+    image = F.normalize(at_least_float32(image_global_BD), dim=-1)
+    items = F.normalize(at_least_float32(items_ND), dim=-1)
+    # Autocast would take this product in half precision.
+    with torch.autocast(image.device.type, enabled=False):
+        logits = scale * (image @ items.T) + bias
+    return pair_loss(logits, pairs.labels, pairs.weights)

@@ -103,7 +103,7 @@ def check_writable(folder: str | Path, flag: str) -> Path:
     except OSError as error:
         writable, reason = False, error.strerror or type(error).__name__
     if not writable:
-        raise UserError(f"{folder}: results cannot be written there ({reason}); give another place with {flag}")
+        raise UserError(f"{folder}: results cannot be written there ({reason}); give another folder with {flag}")
     return folder
 
 

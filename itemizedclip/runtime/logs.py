@@ -27,8 +27,8 @@ OnProgress = Callable[[int, int], None]
 LINE_EVERY_S = 60.0
 """Seconds between two lines of progress where there is no terminal."""
 
-OWN_PACKAGES = ("itemizedclip", "itemizedclip_2d", "itemizedclip_radiology", "__main__")
-"""The project's packages: their log is shown; of others, warnings only."""
+OWN_PACKAGES = ("itemizedclip", "__main__")
+"""What the names of the project's packages begin with: their log is shown; of others, warnings only."""
 
 # --- the log ---------------------------------------------------------------------------------------------------------
 

@@ -240,6 +240,20 @@ def on_main(function: Callable[[], T]) -> T:
     return cast(T, shared)
 
 
+def main_first(function: Callable[[], T]) -> T:
+    """Run `function` on every rank, the main one before the others: one download, one cache, one message.
+
+    When it fails on the main rank, that raises its error and the others leave quietly with it.
+    """
+    made: list[T] = []
+
+    def make() -> None:
+        made.append(function())
+
+    on_main(make)
+    return made[0] if made else function()
+
+
 class StopRequest:
     """Whether a signal asked this process to save and leave: SIGTERM (pre-emption) or SIGUSR1 (Slurm's warning)."""
 

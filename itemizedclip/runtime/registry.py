@@ -1,65 +1,93 @@
-"""Things that packages offer by name: models, recipes, benchmarks, readers of inputs.
+"""What installed packages offer by name: entry points, listed without importing anything.
 
-A package registers them as entry points in its pyproject.toml; nothing is imported until one is asked for. A name may
-also be FILE.py:NAME, which takes NAME from a Python file of the user's own.
+A wing whose optional packages are not installed is listed too; who asks for it hears what to install. A name may be
+FILE.py:NAME, which takes NAME from a Python file of the user's own.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
+import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from itemizedclip.runtime.errors import UserError
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class Registry:
-    """One group of entry points.
+
+class MissingExtraError(UserError):
+    """Optional packages are not installed.
 
     Attributes:
-        group: its name, such as itemizedclip.recipes.
-        what: one of its things, for messages, such as "recipe".
+        remedy: the command that installs them.
+    """
+
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Registry(Generic[T]):
+    """The things of one entry-point group.
+
+    Attributes:
+        group: such as "itemizedclip.models".
+        what: one of them, for messages, such as "model family".
+        built_in: those of the core.
     """
 
     group: str
     what: str
-
-    @cached_property
-    def _points(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self.group)}
+    built_in: Mapping[str, T] = field(default_factory=dict)
 
     def names(self) -> list[str]:
-        """All registered names, in alphabetical order; imports nothing."""
-        return sorted(self._points)
+        """All names, sorted; nothing is imported."""
+        return sorted({*self.built_in, *self._points()})
 
-    def load(self, name: str) -> Any:
-        """What is registered under a name, or NAME of a Python file for FILE.py:NAME.
+    def load(self, name: str) -> T:
+        """The thing of that name.
 
         Raises:
-            UserError: no such name (the nearest is proposed), a file without it, or a package that is not installed.
+            MissingExtraError: it needs packages that are not installed.
+            UserError: there is none.
         """
+        if name in self.built_in:
+            return self.built_in[name]
         if ".py:" in name:
-            return _from_file(name, self.what)
-        if name not in self._points:
-            raise UserError(unknown_name(self.what, name, self.names()))
+            return cast(T, _from_file(name, self.what))
+        point = self._points().get(name)
+        if point is None:
+            raise UserError(self.unknown(name))
         try:
-            return self._points[name].load()
+            return cast(T, point.load())
         except ModuleNotFoundError as error:
-            raise UserError(f"{self.what} {name}: {needs_extra(error)}") from error
+            package = (error.name or "").partition(".")[0]
+            if package in ("", point.module.partition(".")[0]):
+                raise
+            remedy = f"pip install {_what_brings(package, point)}"
+            missing = MissingExtraError(f"the {self.what} {name} needs the package {package}: {remedy}")
+            missing.remedy = remedy
+            raise missing from error
+
+    def unknown(self, name: str) -> str:
+        """The message about a name that is none."""
+        return unknown_name(self.what, name, self.names())
 
     def summary(self, name: str) -> str:
-        """First line of the docstring of what is registered, or what it needs to be installed."""
+        """First line of the docstring of the thing of that name, or what it needs to be installed."""
         try:
-            return (self.load(name).__doc__ or "").strip().partition("\n")[0]
-        except UserError as error:
-            return str(error).partition(": ")[2]
+            return (inspect.getdoc(self.load(name)) or "").partition("\n")[0]
+        except MissingExtraError as error:
+            return f"needs {error.remedy}"
+
+    def _points(self) -> dict[str, EntryPoint]:
+        return {point.name: point for point in entry_points(group=self.group)}
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
@@ -67,12 +95,18 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"no {what} named {name}{hint}; there are: {', '.join(names)}"
+    return f"no {what} named {name}{hint}; there are: {', '.join(names) or 'none'}"
 
 
-def needs_extra(error: ModuleNotFoundError) -> str:
-    """What to install when a wing's own packages are missing."""
-    return f"needs the package {error.name}: {sys.executable} -m pip install -e '.[radiology]' in the project folder"
+def _what_brings(package: str, point: EntryPoint) -> str:
+    """What to give to pip: the extra of the entry point's own distribution that lists the package, else the package."""
+    requirements = (point.dist.requires if point.dist is not None else None) or []
+    for requirement in requirements:
+        found = re.fullmatch(r"([\w.-]+).*;.*\bextra\s*==\s*['\"]([\w-]+)['\"].*", requirement)
+        if found and re.sub(r"[-_.]+", "-", found[1]).lower() == re.sub(r"[-_.]+", "-", package).lower():
+            name = point.dist.name if point.dist is not None else ""
+            return f"-e '.[{found[2]}]'" if name == "itemizedclip" else f"'{name}[{found[2]}]'"
+    return package
 
 
 def _from_file(name: str, what: str) -> Any:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.images import decode_photograph
 from itemizedclip.evaluation.encoding import EncodingOptions, encode_image_batch, evaluation_mode
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.runtime import collectives
@@ -46,7 +47,6 @@ from itemizedclip.search.store import (
     write_manifest,
     write_shard,
 )
-from itemizedclip.viewer.inputs import read_photograph
 
 LEAST_LIVE_FRACTION = 0.5
 """A shard with fewer rows in use than this fraction is written again without the others."""
@@ -109,8 +109,9 @@ class _Photographs(Dataset):
 
     def __getitem__(self, index: int) -> _Loaded:
         found = self.images[index]
+        path = self.folder / found.path
         try:
-            picture = read_photograph(self.folder / found.path)
+            picture = decode_photograph(path, source=str(path))
         except BadSampleError as error:
             return _Loaded(found, reason=str(error))
         return _Loaded(found, self.transform(picture), (picture.height, picture.width))

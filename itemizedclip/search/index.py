@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.images import decode_photograph
 from itemizedclip.evaluation.attention import ItemMaps, maps_of_features
 from itemizedclip.evaluation.encoding import EncodingOptions, encode_texts
 from itemizedclip.evaluation.tcsim import GlobalScorer, top_images
@@ -39,7 +40,7 @@ from itemizedclip.search.regions import AttendedRegion, attended_region
 from itemizedclip.search.store import FeatureStore, ImageIndexError, IndexedImage, read_manifest
 from itemizedclip.viewer.figures import attention_figure
 from itemizedclip.viewer.geometry import Geometry, Upsampling, map_to_input
-from itemizedclip.viewer.inputs import photograph_geometry, read_photograph
+from itemizedclip.viewer.inputs import photograph_geometry
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class ImageIndex:
         Raises:
             BadSampleError: an image that is gone, unreadable, or not the one that was encoded.
         """
-        picture = read_photograph(hit.file)
+        picture = decode_photograph(hit.file, source=str(hit.file))
         status, image = hit.file.stat(), hit.image
         if (status.st_size, status.st_mtime_ns) != (image.size, image.mtime_ns):
             raise BadSampleError(f"{hit.file}: changed since it was encoded; run `itemizedclip index` again")

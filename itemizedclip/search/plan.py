@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+from itemizedclip.data.images import SUFFIXES
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import PART_SUFFIX
@@ -26,9 +27,6 @@ from itemizedclip.search.store import (
     read_shard_header,
     shard_files,
 )
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
-"""Files that are taken for images, by their names."""
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +96,14 @@ def find_images(folder: Path, output: Path) -> tuple[list[FoundImage], int]:
             path = Path(place) / name
             if name.startswith(".") or not path.is_file():
                 continue
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
+            if path.suffix.lower() not in SUFFIXES:
                 others += 1
                 continue
             status = path.stat()
             found.append(FoundImage(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
     if not found:
         what = f"only {others} other files, none" if others else "no file"
-        raise ImageIndexError(f"{folder}: holds {what} that is an image by its name ({' '.join(IMAGE_SUFFIXES)})")
+        raise ImageIndexError(f"{folder}: holds {what} that is an image by its name ({' '.join(SUFFIXES)})")
     return sorted(found, key=lambda image: image.path), others
 
 

@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
+
 from itemizedclip.data.batch import ItemCollator, Tokenizer
 from itemizedclip.evaluation.encoding import EncodingOptions, ItemDataset
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import create_tokenizer
+from itemizedclip.models.factory import create_tokenizer, create_transform
 from itemizedclip.runtime.errors import EXIT_WRONG_FLAG, UserError, reported_errors
 from itemizedclip.runtime.flags import read_flags
 from itemizedclip.runtime.processes import Ranks
@@ -34,7 +36,7 @@ from itemizedclip.training.run import Evaluator, launch_run
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 Recipe = Callable[[], RunOptions]
 
-RECIPES = Registry("itemizedclip.recipes", "recipe")
+RECIPES: Registry[Recipe] = Registry("itemizedclip.recipes", "recipe")
 """Every recipe of the packages that are installed."""
 
 
@@ -60,11 +62,17 @@ class Opening:
     collator: ItemCollator
     ranks: Ranks
 
+    def transform(self, *, is_train: bool) -> Callable[..., Tensor]:
+        """RGB picture → what a model of photographs takes; at random places in training."""
+        return create_transform(self.model.config, is_train=is_train)
+
     def encoding(self, batch_size: int | None = None) -> EncodingOptions:
         """How evaluators of the run encode; batches as in training, at most 64, unless another size is asked for."""
         loading = self.options.loading
         return EncodingOptions(
-            batch_size=batch_size or min(MAX_VALIDATION_BATCH, loading.batch_size), num_workers=loading.workers
+            batch_size=batch_size or min(MAX_VALIDATION_BATCH, loading.batch_size),
+            num_workers=loading.workers,
+            on_bad_sample=loading.on_bad_sample,
         )
 
     def retrieval(self, dataset: ItemDataset, name: str, *, batch_size: int | None = None) -> RetrievalEvaluator:
@@ -108,6 +116,19 @@ class DataGroup(Protocol):
         Raises:
             UserError: what is missing or wrong, in one sentence.
         """
+
+
+def run_on(data: Any, **groups: Any) -> RunOptions:
+    """A run on these data: `RunOptions` with the group `data`, whose fields become flags.
+
+    Args:
+        data: a dataclass, constructible without arguments, with the method `open`.
+        groups: other groups of the options, such as `loading`.
+    """
+    kind = type(data)
+    with_data = [("data", kind, field(default_factory=kind))]
+    options: type = dataclasses.make_dataclass(f"{kind.__name__}Run", with_data, bases=(RunOptions,), frozen=True)
+    return options(data=data, **groups)
 
 
 def open_data(options: RunOptions, model: DualEncoder, ranks: Ranks) -> tuple[TrainingData, ItemCollator]:

@@ -12,13 +12,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from itemizedclip.data.sampler import BadSampleCounter
+from itemizedclip.evaluation.evaluator import Evaluator as Evaluator
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import load_weights, read_checkpoint
 from itemizedclip.runtime.collectives import gather_objects
@@ -36,18 +37,6 @@ logger = logging.getLogger(__name__)
 def launch_run(options: RunOptions) -> AbstractContextManager[Ranks]:
     """`launch` with the device, seed and processes that a run's options ask for."""
     return launch(options.run.device, options.distributed, seed=options.run.seed)
-
-
-class Evaluator(Protocol):
-    """A measurement shared by training and scripts.
-
-    `run` is called on every rank with the bare model in evaluation mode, without gradients and under the run's
-    autocast; it shards its work and returns the same numbers on every rank.
-    """
-
-    name: str
-
-    def run(self, model: DualEncoder) -> dict[str, float]: ...
 
 
 @dataclass

@@ -13,20 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.images import decode_photograph
 from itemizedclip.models.factory import LoadedModel, create_transform
 from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.registry import Registry
 from itemizedclip.viewer.geometry import Geometry, geometry_of_transform
 
-ENTRY_POINT_GROUP = "itemizedclip.inputs"
+READERS: Registry[Callable[[Path, LoadedModel], ModelInput]] = Registry("itemizedclip.inputs", "reader of inputs")
+"""Value of `vision_cfg.tower` → function (path, loaded) → ModelInput."""
 
 Unit = Literal["rgb", "grey", "hu"]
 """What the values of a view are: colours, grey values 0 … 255, or Hounsfield units."""
@@ -124,22 +125,12 @@ def open_input(source: str | Path, loaded: LoadedModel) -> ModelInput:
     tower = loaded.config["vision_cfg"].get("tower", "vit")
     if tower == "vit":
         return open_photograph(Path(source).expanduser(), loaded)
-    readers: dict[str, Callable[[Path, LoadedModel], ModelInput]] = {}
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        if point.name == tower:
-            try:
-                readers[point.name] = point.load()
-            except ModuleNotFoundError as error:
-                raise UserError(
-                    f"inputs of models with vision_cfg.tower {tower!r} need the package {error.name}: "
-                    "pip install -e '.[radiology]'"
-                ) from error
-    if tower not in readers:
+    if tower not in READERS.names():
         raise UserError(
             f"no reader for inputs of models with vision_cfg.tower {tower!r}; run `pip install -e .` in the project so "
             "that the wings register theirs"
         )
-    return readers[tower](Path(source).expanduser(), loaded)
+    return READERS.load(tower)(Path(source).expanduser(), loaded)
 
 
 def open_photograph(path: Path, loaded: LoadedModel) -> ModelInput:
@@ -148,22 +139,7 @@ def open_photograph(path: Path, loaded: LoadedModel) -> ModelInput:
     Raises:
         BadSampleError: no such file, or no image.
     """
-    return photograph_input(path.name, read_photograph(path), loaded)
-
-
-def read_photograph(path: Path) -> Image.Image:
-    """RGB picture of an image file, decoded to the end, turned upright as its EXIF note asks.
-
-    Raises:
-        BadSampleError: no such file, or no image.
-    """
-    if not path.is_file():
-        raise BadSampleError(f"{path}: no such file; expected an image (JPEG, PNG, …)")
-    try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types for damaged data
-        raise BadSampleError(f"{path}: not a readable image ({error}); save it as JPEG or PNG") from error
+    return photograph_input(path.name, decode_photograph(path, source=str(path)), loaded)
 
 
 def photograph_input(name: str, picture: Image.Image, loaded: LoadedModel, items: Sequence[str] = ()) -> ModelInput:

@@ -21,17 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError, ItemSample
+from itemizedclip.data.images import SUFFIXES, decode_mask
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.files import read_json
 from itemizedclip.viewer.geometry import Geometry, mask_to_view
 from itemizedclip.viewer.inputs import InputView, ModelInput, open_input
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".pt", ".nii.gz", ".nii")
+_SUFFIXES = (*SUFFIXES, ".pt", ".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def read_masks(source: Path) -> Mapping[str, np.ndarray]:
     expected = "expected bool masks by item number or finding"
     try:
         if source.is_dir():
-            found = {path.stem: np.asarray(Image.open(path).convert("L")) > 127 for path in source.glob("*.png")}
+            found = {path.stem: decode_mask(path, source=str(path)) for path in source.glob("*.png")}
         elif source.suffix == ".npz":
             with np.load(source, allow_pickle=False) as archive:
                 found = {key: archive[key] for key in archive.files}
@@ -229,6 +229,8 @@ def read_masks(source: Path) -> Mapping[str, np.ndarray]:
         else:
             tensors = torch.load(source, map_location="cpu", weights_only=True)
             found = {str(key): tensor.numpy() for key, tensor in tensors.items()}
+    except BadSampleError:
+        raise
     except Exception as error:  # bytes that are no mask file make the readers fail in any way
         reason = (str(error) or type(error).__name__).split("\n")[0][:120]
         raise BadSampleError(f"{source}: masks cannot be read ({reason}); {expected}") from None

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from itemizedclip.data.batch import ItemSample
+from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
 
@@ -62,3 +62,41 @@ class TinyDataset:
 class MaskedTinyDataset(TinyDataset):
     def masks(self, index):
         return self.item_masks[index]
+
+
+class BrokenTinyDataset(MaskedTinyDataset):
+    """Images of which some cannot be read; `lists_items` tells the items of those too."""
+
+    def __init__(self, bad, *, lists_items=True):
+        super().__init__()
+        self.bad = set(bad)
+        self.read = []
+        if lists_items:
+            self.items = lambda index: list(self.texts[index])
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        if index in self.bad:
+            raise BadSampleError(f"image{index}.png: truncated; copy it again")
+        return super().__getitem__(index)
+
+
+class TinyDatasetOfParts(BrokenTinyDataset):
+    """Images of one to three parts side by side, which therefore differ in width; of some a part cannot be used."""
+
+    def __init__(self, bad=(), *, skipping=()):
+        super().__init__(bad)
+        self.skipping = skipping
+        self.counts = [1 + index * 5 % 3 for index in range(len(self))]
+
+    def sample_id(self, index):
+        return f"image{index}"
+
+    def parts(self, index):
+        return [f"part{number}" for number in range(self.counts[index])]
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        sample.image = torch.cat([sample.image + number for number in range(self.counts[index])], dim=2)
+        sample.skipped = [f"image{index}, part9: no tensor"] if index in self.skipping else []
+        return sample

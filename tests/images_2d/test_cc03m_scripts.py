@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from itemizedclip_2d import retrieval, visualize_shards
+from itemizedclip_2d import visualize_shards
+from itemizedclip_2d.benchmarks import retrieval_main
 from itemizedclip_2d.recipes import itemized_cc03m, itemized_cc03m_debug
 from itemizedclip_2d.recipes import main as train_2d
 from itemizedclip_2d.retrieval_sets import coco_val2017
@@ -260,7 +261,7 @@ def plain_metrics(checkpoint: Path, coco: CaptionedImages, scoring: str) -> dict
 def test_coco_numbers_equal_the_plain_ones(world, tmp_path, scoring):
     flag = "--inference-with-flair" if scoring == "tcsim" else "--no-inference-with-flair"
     argv = ["coco", "--resume", world.checkpoint, "--coco-data-root-dir", world.coco.root, "--device", "cpu", flag]
-    metrics = retrieval.main([str(a) for a in [*argv, "--workers", 0, "--output", tmp_path / "r.json"]])
+    metrics = retrieval_main([str(a) for a in [*argv, "--workers", 0, "--output", tmp_path / "r.json"]])
     assert metrics == pytest.approx(plain_metrics(world.checkpoint, world.coco, scoring), abs=1e-9)
     assert len(metrics) == 21
     written = results(tmp_path / "r.json")
@@ -292,7 +293,7 @@ def test_flickr_script(world):
 def test_karpathy_split(world, tmp_path):
     written = write_karpathy(tmp_path / "coco")
     argv = ["coco", "--split", "karpathy", "--coco-data-root-dir", written.root, "--resume", world.checkpoint]
-    retrieval.main([str(a) for a in [*argv, "--output", tmp_path / "r.json", "--workers", 0, "--device", "cpu"]])
+    retrieval_main([str(a) for a in [*argv, "--output", tmp_path / "r.json", "--workers", 0, "--device", "cpu"]])
     assert results(tmp_path / "r.json")["facts"]["num_texts"] == 15
 
 
@@ -309,25 +310,38 @@ def test_karpathy_split(world, tmp_path):
 )
 def test_wrong_retrieval_flags(world, capfd, flags, message):
     argv = ["coco", "--resume", world.checkpoint, "--coco-data-root-dir", world.coco.root, "--device", "cpu", *flags]
-    said = " ".join(refused(capfd, [str(a) for a in argv], retrieval.main).replace("│", " ").split())
+    said = " ".join(refused(capfd, [str(a) for a in argv], retrieval_main).replace("│", " ").split())
     assert message in said
     assert "inference_coco.sh" in said
     assert "Traceback" not in said
 
 
 def test_a_command_must_be_named(capfd):
-    assert "expected a command first: coco or flickr" in refused(capfd, ["cocoo"], retrieval.main)
+    assert "expected a command first: coco or flickr" in refused(capfd, ["cocoo"], retrieval_main)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_ends_the_evaluation_with_its_name(world, tmp_path, capfd, workers):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_ends_the_evaluation_with_its_name_or_is_left_out(world, tmp_path, capfd, workers):
     written = write_coco(tmp_path / "coco")
-    path = written.root / "images/val2017" / list(written.captions)[3]
+    name = list(written.captions)[3]
+    path = written.root / "images/val2017" / name
     path.write_bytes(path.read_bytes()[:600])
+    output = tmp_path / "r.json"
     argv = ["coco", "--resume", world.checkpoint, "--coco-data-root-dir", written.root, "--workers", workers]
-    said = refused(capfd, [str(a) for a in [*argv, "--device", "cpu"]], retrieval.main)
+    argv = [str(a) for a in [*argv, "--device", "cpu", "--output", output]]
+    said = refused(capfd, argv, retrieval_main)
     assert said.splitlines()[-1].startswith(f"inference_coco.sh: error: {path}: no readable image")
     assert "Traceback" not in said
+    assert not output.exists()
+    retrieval_main([*argv, "--on-bad-sample", "skip"])
+    facts = results(output)["facts"]
+    assert list(facts["unusable"]) == [name]
+    assert (facts["num_images"], facts["num_texts"]) == (8, 48 - len(written.captions[name]))
+    assert facts["is_whole_set"] is False
+    printed = capfd.readouterr()
+    assert "8 images, " in printed.out
+    assert "1 listed images are missing or cannot be read; see r.json" in printed.out
+    assert f"{path}: no readable image" in printed.err
 
 
 # --- variables -------------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import ROOT, run
-from rsicd_files import RsicdFolder, write_rsicd_folder
+from commands import ROOT, fails, run
+from itemizedclip_2d.benchmarks import classification_main
+from rsicd_files import RsicdFolder, captions_cell, image_cell, write_rsicd_csv, write_rsicd_folder
 
 
 def bash(script: str, *flags: str, **variables: str) -> subprocess.CompletedProcess:
@@ -84,6 +85,27 @@ def test_classification_is_the_same_on_two_processes(rsicd, trained, tmp_path):
     assert reports[0]["facts"]["num_images"] == 14
     assert reports[0]["facts"]["num_classes"] == 30
     assert 1 <= reports[0]["metrics"]["tcsim/mean_rank"] <= 30
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_image_that_cannot_be_decoded_ends_the_classification_or_is_left_out(trained, tmp_path, workers, capfd):
+    written = write_rsicd_folder(tmp_path / "rsicd", num_test=14, image_size=64)
+    scenes = written.scenes["test"]
+    cells = [(scene.filename, captions_cell(scene.captions), image_cell(scene.jpeg)) for scene in scenes]
+    cells[5] = (*cells[5][:2], image_cell(scenes[5].jpeg[:300]))
+    write_rsicd_csv(written.csv_path("test"), cells)
+    output = tmp_path / "r.json"
+    flags = ["--resume", str(trained / "checkpoints" / "epoch_2.pt"), "--rsicd-data-dir", str(written.folder)]
+    flags += ["--output", str(output), "--workers", workers, "--device", "cpu", "--batch-size", "4"]
+    said = fails(capfd, classification_main, flags)
+    assert scenes[5].filename in said
+    assert not output.exists()
+    metrics = classification_main([*flags, "--on-bad-sample", "skip"])
+    report = json.loads(output.read_text())
+    assert report["metrics"] == metrics
+    assert report["facts"]["num_images"] == 13
+    assert list(report["facts"]["unusable"]) == [scenes[5].filename]
+    assert "13 images" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -479,7 +479,7 @@ def test_images_that_cannot_be_decoded(tmp_path):
     written = write_shards(tmp_path, num_shards=1, per_shard=4)
     spoil_image(written.shards[0], "000000002")
     dataset = open_dataset(written)
-    with pytest.raises(BadSampleError, match=r"00000.tar: 000000002.jpg: no readable image.*Download the shard again"):
+    with pytest.raises(BadSampleError, match=r"00000.tar: 000000002.jpg: no readable image.*copy it again"):
         dataset[2]
     assert dataset.items(2) == written.items[2]
     # Validation finds it beforehand.

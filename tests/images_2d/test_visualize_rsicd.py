@@ -195,7 +195,7 @@ def test_a_bad_row_harms_only_itself(files, tmp_path, capsys):
     visualize_rsicd.main([*flags, *pictures, "--viz-id", "1"])
     assert names(tmp_path / "pictures") == ["1_b_é.png"]
     capsys.readouterr()
-    for row, reason in ((0, "column 'image': expected a string"), (2, "c.jpg): column 'image' holds no readable")):
+    for row, reason in ((0, "column 'image': expected a string"), (2, "c.jpg): column 'image': no readable")):
         with pytest.raises(SystemExit) as exit_:
             visualize_rsicd.main([*flags, *pictures, "--viz-id", str(row)])
         assert exit_.value.code == 1

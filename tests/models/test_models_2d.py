@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from itemizedclip.models import factory
 from itemizedclip.models.factory import (
     CheckpointError,
     create_model,
@@ -21,6 +21,7 @@ from itemizedclip.models.factory import (
     load_pretrained,
     load_weights,
 )
+from itemizedclip.runtime import registry
 
 LAYOUTS = json.loads((Path(__file__).parents[1] / "golden" / "checkpoint_layouts.json").read_text())
 TINY = {
@@ -212,10 +213,14 @@ def test_tokens_are_clip_bpe_and_long_texts_keep_their_end():
 def test_a_wing_without_its_packages_stands_in_nobodys_way(monkeypatch):
     """The base install has no transformers: 2D models work, and asking for a study model names the extra."""
 
-    def broken() -> type:
-        raise ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers")
+    class Broken:
+        name, module = "hlip", "wing.models"
+        dist = SimpleNamespace(name="itemizedclip", requires=["tokenizers>=0.2; extra == 'radiology'"])
 
-    monkeypatch.setattr(factory, "_families", lambda: {"vit": lambda: factory.ItemizedCLIP2D, "hlip": broken})
+        def load(self) -> type:
+            raise ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers")
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken()])
     assert create_model("ViT-scenes-ItemizedCLIP").config["name"] == "ViT-scenes-ItemizedCLIP"
     assert list_models() == ["ViT-B-16-ItemizedCLIP", "ViT-scenes-ItemizedCLIP"]
     with pytest.raises(ValueError, match=r"tokenizers: pip install -e '.\[radiology\]'"):

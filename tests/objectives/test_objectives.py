@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from plain_loss import PlainHead, plain_losses
 
-from itemizedclip.models import item_attention
 from itemizedclip.models.item_attention import ItemAttention
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions, itemized_losses
 from itemizedclip.objectives.pairing import build_pairing, sample_pairing
@@ -162,27 +161,6 @@ def test_weights_path_equals_fused_path(keep):
             expected, weights = plain(items[i, t], tokens[i], row)
             torch.testing.assert_close(pooled[i, t], expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(maps.tokens[i, :, t], weights[:, :-1], rtol=1e-4, atol=1e-6)
-
-
-def test_blocks_of_images_recompute_the_same_draws(monkeypatch):
-    """With more than one block the keep mask is drawn again in the backward pass: values and gradients must agree."""
-    head, _ = heads()
-    tokens, items = torch.randn(6, 20, D, requires_grad=True), torch.randn(6, 5, D)
-
-    def run() -> tuple:
-        generator = torch.Generator().manual_seed(7)
-        a, b = head.attend_with_key_tokens(items, head.project(tokens), keep=0.7, num_key_tokens=4, generator=generator)
-        head.zero_grad()
-        tokens.grad = None
-        (a.square().sum() + b.square().sum()).backward()
-        return a.detach(), b.detach(), tokens.grad.clone()
-
-    monkeypatch.setattr(item_attention, "BLOCK_BYTES", 1)
-    blocked = run()
-    # The draws are seeded by a block's first image: the same blocks without recomputation are the reference.
-    monkeypatch.setattr(item_attention, "checkpoint", lambda function, *a, **k: function(*a))
-    for value, expected in zip(blocked, run()):
-        torch.testing.assert_close(value, expected)
 
 
 def test_keep_rate_is_the_share_of_kept_entries():

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import ROOT, fails, run
-from itemizedclip_radiology.benchmarks import zero_shot_ct_rate as zeroshot_ct_rate
-from itemizedclip_radiology.benchmarks import zero_shot_rad_chestct as zeroshot_rad_chestct
-from itemizedclip_radiology.benchmarks.chest_ct import CHEST_CLASSES, RAD_CHESTCT_CLASSES
+from itemizedclip_radiology.benchmarks.chest_ct import (
+    CHEST_CLASSES,
+    RAD_CHESTCT_CLASSES,
+    CtRateOptions,
+    RadChestCtOptions,
+)
 from itemizedclip_radiology.benchmarks.operating_points import (
     corner_threshold,
     decide,
@@ -35,6 +39,7 @@ from PIL import Image
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 
+from itemizedclip.evaluation.benchmark import evaluate_from_flags
 from itemizedclip.models.factory import create_model, load_model_config, load_pretrained
 
 SCRIPTS = ROOT / "Radiology_Tasks" / "src" / "open_ct_rate"
@@ -360,7 +365,10 @@ def test_measures_counted_by_hand():
 
 # --- zero-shot -------------------------------------------------------------------------------------------------------
 
-EVALUATIONS = {"ct_rate": zeroshot_ct_rate.main, "rad_chestct": zeroshot_rad_chestct.main}
+EVALUATIONS = {
+    "ct_rate": partial(evaluate_from_flags, CtRateOptions, prog="zeroshot_ct_rate.py"),
+    "rad_chestct": partial(evaluate_from_flags, RadChestCtOptions, prog="zeroshot_rad_chestct.py"),
+}
 
 
 def score(name: str, root: Path, checkpoint: Path, output: Path, *flags: str) -> dict:
@@ -548,7 +556,7 @@ def test_wrong_evaluation_flags_give_one_message(cohort, trained, tmp_path, caps
     torch.save({"state_dict": brain.state_dict(), "model_config": brain.config}, tmp_path / "brain.pt")
     here = ["--resume", str(trained), "--output", str(tmp_path / "out"), "--workers", "0"]
     data = ["--data-root", str(cohort.ct_rate)]
-    ct_rate, rad_chestct = zeroshot_ct_rate.main, zeroshot_rad_chestct.main
+    ct_rate, rad_chestct = EVALUATIONS["ct_rate"], EVALUATIONS["rad_chestct"]
     cases = [
         (ct_rate, [*here, "--data-root", "/nowhere"], "/nowhere"),
         (ct_rate, [*here, "--data-root", str(cohort.rad_chestct)], "valid_predicted_labels.csv"),

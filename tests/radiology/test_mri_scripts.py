@@ -8,6 +8,7 @@ import math
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -16,10 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import ROOT, fails, run
-from itemizedclip_radiology.benchmarks import zero_shot, zero_shot_cq500, zero_shot_pub_brain_5, zero_shot_rsna
-from itemizedclip_radiology.benchmarks.pub_brain_5 import open_pub_brain_5
-from itemizedclip_radiology.benchmarks.zero_shot import plan_batches
-from itemizedclip_radiology.benchmarks.zero_shot_pub_brain_5 import task_measures
+from itemizedclip_radiology.benchmarks.head_ct import Cq500Options, RsnaOptions
+from itemizedclip_radiology.benchmarks.pub_brain_5 import PubBrain5Options, open_pub_brain_5, task_measures
 from itemizedclip_radiology.data.brain import find_study_files
 from itemizedclip_radiology.models.initial import build_model
 from itemizedclip_radiology.models.series_names import encode_series_names
@@ -29,6 +28,9 @@ from itemizedclip_radiology.synthetic.cohort import write_head_ct_benchmarks, wr
 from sklearn.metrics import f1_score, roc_auc_score
 
 from itemizedclip.commands import explain
+from itemizedclip.evaluation import encoding
+from itemizedclip.evaluation.benchmark import evaluate_from_flags
+from itemizedclip.evaluation.encoding import plan_batches
 from itemizedclip.models.factory import load_model_config, load_pretrained
 from itemizedclip.training.recipes import RECIPES, parse_recipe
 
@@ -272,11 +274,10 @@ def test_report_table_replaces_reports(cohort, tmp_path, capsys):
 
 # --- zero-shot -------------------------------------------------------------------------------------------------------
 
-EVALUATIONS = {
-    "pub_brain_5": (zero_shot_pub_brain_5.main, "pub_brain_5"),
-    "rsna": (zero_shot_rsna.main, "rsna"),
-    "cq500": (zero_shot_cq500.main, "cq500"),
-}
+pub_brain_5 = partial(evaluate_from_flags, PubBrain5Options, prog="zero_shot_pub_brain_5.py")
+rsna = partial(evaluate_from_flags, RsnaOptions, prog="zero_shot_rsna.py")
+cq500 = partial(evaluate_from_flags, Cq500Options, prog="zero_shot_cq500.py")
+EVALUATIONS = {"pub_brain_5": (pub_brain_5, "pub_brain_5"), "rsna": (rsna, "rsna"), "cq500": (cq500, "cq500")}
 
 
 def score(name: str, cohort: Cohort, checkpoint: Path, output: Path, *flags: str) -> dict:
@@ -367,8 +368,7 @@ def test_pub_brain_5_as_published_commands_call_it(cohort, trained, tmp_path):
     output = tmp_path / "epoch_2.zero_shot_pub_brain_5"
     before = {path: path.read_text() for path in output.glob("scores.*.jsonl")}
     assert len(read_scores(output)) == 20
-    zero_shot_pub_brain_5.main(["--resume", str(checkpoint), "--input-filename", "pub_brain_5_gt.csv",
-                                "--data-dir", str(data)])  # fmt: skip
+    pub_brain_5(["--resume", str(checkpoint), "--input-filename", "pub_brain_5_gt.csv", "--data-dir", str(data)])
     assert {path: path.read_text() for path in output.glob("scores.*.jsonl")} == before
     report = json.loads((output / "pub_brain_5_gt.results.json").read_text())
     assert report["facts"]["studies_per_task"]["disease"] == 10
@@ -439,17 +439,17 @@ def test_published_protocol_swaps_the_labels_of_midline_shift_and_mass_effect(co
 
 
 def count_scored(monkeypatch, *, fail_after: int | None = None) -> list[int]:
-    """Rows that are scored from now on; with `fail_after` the process "is killed" before the next one."""
+    """Rows that are read from now on; with `fail_after` the process "is killed" before the next one."""
     scored: list[int] = []
-    plain = zero_shot.score_studies
+    plain = encoding._Images.__getitem__
 
-    def counted(model, classifier, studies, precision):
+    def counted(images, row):
         if fail_after is not None and len(scored) >= fail_after:
             raise KeyboardInterrupt
-        scored.extend(study.row for study in studies)
-        return plain(model, classifier, studies, precision)
+        scored.append(row)
+        return plain(images, row)
 
-    monkeypatch.setattr(zero_shot, "score_studies", counted)
+    monkeypatch.setattr(encoding._Images, "__getitem__", counted)
     return scored
 
 
@@ -499,7 +499,7 @@ def test_missing_and_broken_studies(cohort, trained, tmp_path, capsys, monkeypat
     folders = sorted(root.glob("RSNA_*"))
     shutil.rmtree(folders[0])
     arguments = ["--resume", str(trained), "--data-dir", str(root), "--workers", "0", "--output", str(tmp_path / "out")]
-    message = fails(capsys, zero_shot_rsna.main, arguments)
+    message = fails(capsys, rsna, arguments)
     assert folders[0].name.removeprefix("RSNA_") in message
     assert "--allow-missing" in message
     # A study without a readable window; another that lacks one.
@@ -507,18 +507,18 @@ def test_missing_and_broken_studies(cohort, trained, tmp_path, capsys, monkeypat
     for path in folders[1].glob("*/img_*.pt"):
         path.write_bytes(b"no tensor")
     next(folders[2].glob("*/img_bone.pt")).unlink()
-    message = fails(capsys, zero_shot_rsna.main, arguments)
+    message = fails(capsys, rsna, arguments)
     assert "1 of 12 studies" in message
     assert "kept" in message
     assert len(read_scores(tmp_path / "out")) == 11
     scored = count_scored(monkeypatch)
-    zero_shot_rsna.main([*arguments, "--allow-missing"])
+    rsna([*arguments, "--allow-missing"])
     assert len(scored) == 1  # only the broken study is tried again
     report = json.loads((tmp_path / "out" / "rsna.results.json").read_text())
     assert report["facts"]["num_studies"] == 11
     assert list(report["facts"]["unusable"]) == [folders[1].name.removeprefix("RSNA_")]
     # The published evaluation counts absent studies with score 0.
-    zero_shot_rsna.main([*arguments, "--allow-missing", "--protocol", "published"])
+    rsna([*arguments, "--allow-missing", "--protocol", "published"])
     published = json.loads((tmp_path / "out" / "rsna.published.results.json").read_text())
     assert published["facts"]["missing_scored_zero"]
     stored = read_scores(tmp_path / "out")
@@ -530,7 +530,7 @@ def test_missing_and_broken_studies(cohort, trained, tmp_path, capsys, monkeypat
     shutil.rmtree(root)
     shutil.copytree(cohort.root / "rsna", root)
     scored.clear()
-    zero_shot_rsna.main(arguments)
+    rsna(arguments)
     assert len(scored) == 2
 
 
@@ -547,10 +547,10 @@ def test_released_checkpoint_with_a_tokenizer_from_a_folder(cohort, trained, tmp
     bert = write_bert(tmp_path / "bert", text_cfg["hf_config"])
     flags = ["--data-dir", str(cohort.root / "rsna"), "--workers", "0", "--resume"]
     model = ["--model", str(tmp_path / "config.json")]
-    assert "--text-model FOLDER" in fails(capsys, zero_shot_rsna.main, [*flags, str(released), *model])
-    found = zero_shot_rsna.main([*flags, str(released), *model, "--text-model", str(bert)])
+    assert "--text-model FOLDER" in fails(capsys, rsna, [*flags, str(released), *model])
+    found = rsna([*flags, str(released), *model, "--text-model", str(bert)])
     assert found == score("rsna", cohort, trained, tmp_path / "own")["metrics"]
-    message = fails(capsys, zero_shot_rsna.main, [*flags, str(trained), "--text-model", str(bert),
+    message = fails(capsys, rsna, [*flags, str(trained), "--text-model", str(bert),
                                                   "--output", str(tmp_path / "out")])  # fmt: skip
     assert "drop --text-model" in message
     # The commands that ask about one study take the same flag.
@@ -582,7 +582,6 @@ def test_wrong_evaluation_flags_give_one_message(cohort, trained, tmp_path, caps
     unknown.write_text("ID_0000000000\n")
     binary = tmp_path / "binary.csv"
     binary.write_bytes(b"\xff\xfe\x00study")
-    rsna, pub_brain = zero_shot_rsna.main, zero_shot_pub_brain_5.main
     cases = [
         (rsna, [*here, *data, "--labels", str(wrong)], "no column 'Subdural'"),
         (rsna, [*here, *data, "--labels", "/nowhere.csv"], "/nowhere.csv"),
@@ -598,8 +597,8 @@ def test_wrong_evaluation_flags_give_one_message(cohort, trained, tmp_path, caps
         (rsna, [*here, *data, "--no-use-serienames"], "series names"),
         (rsna, ["--resume", "/nowhere.pt", *data], "/nowhere.pt"),
         (rsna, ["--resume", str(wrong), *data], str(wrong)),
-        (pub_brain, [*here, "--data-dir", str(cohort.root / "cq500"), "--use-serienames"], "zero_shot_cq500.py"),
-        (pub_brain, [*here, "--data-dir", str(cohort.mri)], "pub_brain_5.csv"),
+        (pub_brain_5, [*here, "--data-dir", str(cohort.root / "cq500"), "--use-serienames"], "zero_shot_cq500.py"),
+        (pub_brain_5, [*here, "--data-dir", str(cohort.mri)], "pub_brain_5.csv"),
     ]
     for main, arguments, expected in cases:
         assert expected in fails(capsys, main, arguments), arguments

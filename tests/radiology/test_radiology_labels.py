@@ -11,7 +11,6 @@ import torch
 from itemizedclip_radiology.benchmarks import chest_ct as chest
 from itemizedclip_radiology.benchmarks import head_ct
 from itemizedclip_radiology.benchmarks import pub_brain_5 as pub
-from itemizedclip_radiology.benchmarks.benchmark import check_protocol
 from itemizedclip_radiology.data.label_table import LabelTable, count_differences, read_label_csv, write_label_csv
 from itemizedclip_radiology.prepare import labels as builders
 
@@ -92,12 +91,6 @@ def test_written_tables_read_back(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.csv"]
     assert count_differences(back, rows=2, positives={"A": 1, "B": 1}) == []
     assert count_differences(back, rows=3, positives={"A": 4}) == ["2 rows, published 3", "A: 1 positive, published 4"]
-
-
-def test_protocol_names():
-    assert check_protocol("published") == "published"
-    with pytest.raises(ValueError, match="expected corrected or published"):
-        check_protocol("fixed")
 
 
 # --- Pub-Brain-5 -----------------------------------------------------------------------------------------------------

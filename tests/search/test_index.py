@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from itemizedclip.commands.cli import main as cli
+from itemizedclip.data.images import decode_photograph
 from itemizedclip.evaluation.tcsim import GlobalScorer
 from itemizedclip.models.factory import create_model, create_transform, load_pretrained, transform_spec
 from itemizedclip.search import build, store
@@ -38,7 +39,6 @@ from itemizedclip.search.recall import (
 from itemizedclip.search.regions import attended_region
 from itemizedclip.search.store import FeatureSource, ImageIndexError, read_manifest
 from itemizedclip.viewer.geometry import Geometry, map_to_input
-from itemizedclip.viewer.inputs import read_photograph
 
 TINY = {
     "name": "tiny",
@@ -234,11 +234,11 @@ def read(monkeypatch) -> list[str]:
     """Names of the images that a build reads."""
     names: list[str] = []
 
-    def noted(path: Path) -> Image.Image:
+    def noted(path: Path, *, source: str) -> Image.Image:
         names.append(path.name)
-        return read_photograph(path)
+        return decode_photograph(path, source=source)
 
-    monkeypatch.setattr(build, "read_photograph", noted)
+    monkeypatch.setattr(build, "decode_photograph", noted)
     return names
 
 
@@ -327,7 +327,7 @@ def test_a_stopped_build_remembers_unreadable_images(world, tmp_path, read, capf
         capfd, "index", images, "--checkpoint", world.checkpoint, "--batch-size", 3, "--shard-size", 8, "--workers", 0
     )
     assert "1 unreadable images, more than --max-bad-fraction allows (0)" in message
-    assert "00.png: not a readable image" in message
+    assert "00.png: no readable image" in message
     assert len(read) == 8  # stopped after the first shard, which is kept
     index(images, "--checkpoint", world.checkpoint, "--max-bad-fraction", 0.05)
     assert len(read) == NUM_IMAGES
@@ -631,17 +631,6 @@ def test_regions_of_hits_hold_their_peak(world):
             assert box[0] <= left < box[2] <= hit.image.width
             assert box[1] <= top < box[3] <= hit.image.height
             assert 0 < hit.region.share <= 1 - hit.region.nowhere + 1e-6
-
-
-def test_images_are_read_upright(tmp_path):
-    pixels = np.zeros((20, 30, 3), dtype=np.uint8)
-    pixels[:5] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn a quarter to the right
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    upright = read_photograph(tmp_path / "turned.png")
-    assert upright.size == (20, 30)
-    assert np.array_equal(np.asarray(upright)[:, -5:], np.full((30, 5, 3), 255, dtype=np.uint8))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -536,9 +536,9 @@ def test_bad_input_gives_one_message(checkpoint, picture, tmp_path, capsys):
     common = [str(picture), "--checkpoint", str(checkpoint)]
     missing = str(tmp_path / "none.png")
     cases = {
-        "no such file; expected an image": [missing, *common[1:], "--items", "x"],
+        "no such file; expected a JPEG": [missing, *common[1:], "--items", "x"],
         "checkpoint does not exist": [str(picture), "--checkpoint", str(tmp_path / "none.pt"), "--items", "x"],
-        "not a readable image": [str(empty), *common[1:], "--items", "x"],
+        "no readable image": [str(empty), *common[1:], "--items", "x"],
         "has no items of its own": common,
         "holds no text": [*common, "--items", " ; "],
         "give one of them": [*common, "--items", "x", "--items-file", str(empty)],

@@ -18,7 +18,6 @@ import tyro
 
 from itemizedclip.data.items import load_item_lists
 from itemizedclip.data.preflight import PreflightError, check_dataset
-from itemizedclip.models.factory import create_transform
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.processes import on_main
 from itemizedclip.training.engine import TrainResult
@@ -60,7 +59,7 @@ class RsicdData:
             FileNotFoundError: a CSV or item file is missing.
             ValueError: no --rsicd-data-dir, or files that do not belong together.
         """
-        options, config, ranks = opening.options, opening.model.config, opening.ranks
+        options, ranks = opening.options, opening.ranks
         folder = self.rsicd_dir
         if folder is None:
             raise MissingFileError(
@@ -76,7 +75,7 @@ class RsicdData:
         def split(csv_path: Path, items_path: Path | None, *, is_train: bool) -> RsicdDataset:
             return RsicdDataset(
                 csv_path=csv_path,
-                transform=create_transform(config, is_train=is_train),
+                transform=opening.transform(is_train=is_train),
                 items=None if items_path is None else load_item_lists(items_path, integer_keys=True),
                 items_path=items_path,
                 num_items=options.loading.num_sampled_captions,
@@ -180,7 +179,7 @@ class ShardData:
             PreflightError: no --train-data, shards that are missing or hold too little, or too many bad samples.
             FileNotFoundError, ValueError: an item file that is missing or no item file.
         """
-        options, config, ranks = opening.options, opening.model.config, opening.ranks
+        options, ranks = opening.options, opening.ranks
         loading = options.loading
         if not self.train_data:
             raise PreflightError("--train-data is not set; give the training shards, such as 'DIR/{00000..00057}.tar'")
@@ -196,7 +195,7 @@ class ShardData:
             )
             return ShardDataset(
                 shards,
-                transform=create_transform(config, is_train=is_train),
+                transform=opening.transform(is_train=is_train),
                 items=None if items_path is None else load_item_lists(items_path, integer_keys=True),
                 items_path=items_path,
                 num_items=loading.num_sampled_captions,

@@ -5,8 +5,8 @@
     flickr30k       ROOT/flickr30k_val.json or _test.json, [{"image": "folder/1.jpg", "caption": ["…", …]}, …]; without
                     it ROOT/dataset_flickr30k.json in Karpathy's form; the folder of the images may have any name
 
-An image's captions are its items, in the order of the file. Nothing is left out: a bad entry or a missing image ends
-the evaluation, because numbers over other images cannot be compared.
+An image's captions are its items, in the order of the file. Nothing is left out unasked: a bad entry or a missing image
+ends the evaluation, because numbers over other images cannot be compared.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itemizedclip.data.batch import ItemSample
+from itemizedclip.data.images import decode_photograph
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.files import file_sha256, read_json
-from itemizedclip_2d.image_files import decode_image
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -91,12 +91,16 @@ class RetrievalSet(Dataset[ItemSample]):
     def __getitem__(self, index: int) -> ItemSample:
         """Raises BadSampleError when the image cannot be decoded."""
         entry = self.entries[index]
-        image = decode_image(entry.path, name=str(entry.path), remedy="Copy or download it again.")
+        image = decode_photograph(entry.path, source=str(entry.path))
         return ItemSample(entry.path.name, self._transform(image), list(entry.captions))
 
     def items(self, index: int) -> list[str]:
         """All captions of an image."""
         return list(self.entries[index].captions)
+
+    def sample_id(self, index: int) -> str:
+        """The file name of an image."""
+        return self.entries[index].path.name
 
     @property
     def counts(self) -> tuple[int, int]:

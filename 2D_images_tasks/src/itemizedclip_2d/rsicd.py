@@ -146,6 +146,10 @@ class RsicdDataset(Dataset[ItemSample]):
         """All items of an index, none joined."""
         return list(self._row_items[self.rows[index]])
 
+    def sample_id(self, index: int) -> str:
+        """The file name of an index."""
+        return self.table.filenames[self.rows[index]]
+
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the data, the same on any machine: CSV content, rows used and their items. For checkpoints."""

@@ -32,7 +32,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.images import decode_photograph
 from itemizedclip.data.literals import LiteralError, parse_flat_record, parse_string_array
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.logs import progress_bar
@@ -44,9 +44,6 @@ CACHE_FOLDER = ".itemizedclip_cache"
 
 MAX_CELL_CHARS = 16 * 2**20
 """Longest CSV cell that is read; an RSICD image takes about 0.1 million characters."""
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-"""Formats that are decoded. Pillow's full list includes formats that start other programs."""
 
 COLUMNS = ("filename", "captions", "image")
 _CACHE_FORMAT = 1
@@ -111,19 +108,12 @@ class RsicdTable:
         return self._images[self._starts[row] : self._starts[row + 1]]
 
     def image(self, row: int) -> Image.Image:
-        """Decoded RGB image of a row.
+        """Decoded photograph of a row.
 
         Raises:
             BadSampleError: the bytes are no readable image.
         """
-        try:
-            with Image.open(io.BytesIO(self.image_bytes(row)), formats=IMAGE_FORMATS) as image:
-                return image.convert("RGB")
-        except Exception as error:  # Pillow's decoders raise many types for damaged data
-            raise BadSampleError(
-                f"{self.describe(row)}: column 'image' holds no readable image ({type(error).__name__}: {error}); "
-                f"expected {'/'.join(IMAGE_FORMATS)} data. Download the CSV again, or use --on-bad-sample skip."
-            ) from None
+        return decode_photograph(self.image_bytes(row), source=f"{self.describe(row)}: column 'image'")
 
 
 def open_rsicd_table(csv_path: str | Path, cache_dir: str | Path | None = None) -> RsicdTable:

@@ -35,11 +35,11 @@ from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.images import DECODER_VERSION, decode_photograph
 from itemizedclip.data.preflight import PreflightError
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import read_json, written_whole
 from itemizedclip.runtime.logs import progress_bar
-from itemizedclip_2d.image_files import decode_image
 from itemizedclip_2d.packed_items import PackedItems
 from itemizedclip_2d.rsicd_table import CACHE_FOLDER
 
@@ -317,9 +317,9 @@ def _take_member(
     members.image_crc = zlib.crc32(encoded)
     if decode_images:
         try:
-            decode_image(encoded, name=member.name, remedy="")
+            decode_photograph(encoded, source=member.name)
         except BadSampleError as error:
-            members.image_problem = str(error).strip()
+            members.image_problem = str(error)
 
 
 def _read_sample(name: str, members: _Members, caption_field: str) -> tuple[str, int, list[str]]:
@@ -377,7 +377,9 @@ def open_shards(
     Raises:
         PreflightError: a compressed shard, or a cache folder that cannot be written.
     """
-    files = {path: _index_file(path, cache_dir, f"{caption_field} {decode_images}") for path in shards}
+    files = {
+        path: _index_file(path, cache_dir, f"{caption_field} {decode_images and DECODER_VERSION}") for path in shards
+    }
     found: dict[Path, ShardIndex] = {}
     for path, file in files.items():
         index = _cached(path, file)

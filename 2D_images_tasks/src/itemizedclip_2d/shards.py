@@ -35,11 +35,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itemizedclip.data.batch import BadSampleError, ItemSample
+from itemizedclip.data.images import decode_photograph
 from itemizedclip.data.items import diverse_sample, sample_rng, seeded_transforms
 from itemizedclip.data.preflight import PreflightError
 from itemizedclip.data.sampler import EpochSampler, Key
 from itemizedclip.runtime.processes import stable_seed
-from itemizedclip_2d.image_files import decode_image
 from itemizedclip_2d.packed_items import PackedItems
 from itemizedclip_2d.shard_index import SHARD_REMEDY, ShardIndex, listed_counts, no_index
 
@@ -163,7 +163,7 @@ class ShardDataset(Dataset[ItemSample]):
             encoded = self._files.read(number, int(shard.starts[row]), int(shard.sizes[row]))
         except OSError as error:
             raise BadSampleError(f"{name}: cannot be read ({error.strerror or error}). {SHARD_REMEDY}") from None
-        return decode_image(encoded, name=name, remedy=SHARD_REMEDY)
+        return decode_photograph(encoded, source=name)
 
     @property
     def summary(self) -> str:

@@ -20,7 +20,7 @@ import tyro
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.preflight import PreflightError
-from itemizedclip.evaluation.classification import ClassPrompts, MultiLabelEvaluator
+from itemizedclip.evaluation.classification import MultiLabelEvaluator
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.flags import at_least
 from itemizedclip.runtime.logs import only_errors_of
@@ -299,8 +299,8 @@ class ChestData(ChestSettings):
                 MultiLabelEvaluator(
                     labelled,
                     opening.tokenizer,
-                    ClassPrompts(labelled.benchmark.classes, [[prompt] for prompt in labelled.benchmark.prompts]),
-                    labelled.labels_NC,
+                    labelled.class_prompts,
+                    labelled.known_labels_NC,
                     name="ct_rate",
                     scorings=(options.objective.scoring,),
                     encoding=opening.encoding(),

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Zero-shot detection of findings on CQ500 (see --help)."""
 
-from itemizedclip_radiology.benchmarks.zero_shot_cq500 import main
+from itemizedclip_radiology.benchmarks.head_ct import Cq500Options
+
+from itemizedclip.evaluation.benchmark import evaluate_from_flags
 
 if __name__ == "__main__":
-    main()
+    evaluate_from_flags(Cq500Options, prog="zero_shot_cq500.py")

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Zero-shot detection of hemorrhage on RSNA (see --help)."""
 
-from itemizedclip_radiology.benchmarks.zero_shot_rsna import main
+from itemizedclip_radiology.benchmarks.head_ct import RsnaOptions
+
+from itemizedclip.evaluation.benchmark import evaluate_from_flags
 
 if __name__ == "__main__":
-    main()
+    evaluate_from_flags(RsnaOptions, prog="zero_shot_rsna.py")

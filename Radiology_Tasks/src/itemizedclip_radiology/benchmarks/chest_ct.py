@@ -1,7 +1,19 @@
-"""CT-RATE validation and Rad-ChestCT: label files, volumes, classes and texts of the chest CT evaluations.
+"""CT-RATE validation and Rad-ChestCT: zero-shot detection of findings on chest CT.
 
-CT-RATE: one row per reconstruction (VolumeName and 18 findings), every one scored on its own.
-Rad-ChestCT: one row per scan (NoteAcc_DEID and 15 or 16 columns), train, validation and test scans together.
+    python3 zeroshot_ct_rate.py --resume epoch_80.pt --data-root DIR
+    python3 zeroshot_rad_chestct.py --resume epoch_80.pt --data-root DIR
+    torchrun --nproc_per_node 8 -- zeroshot_ct_rate.py …          the same numbers
+
+CT-RATE: DIR holds valid/valid_1/valid_1_a/valid_1_a_1.pt; one label row per reconstruction (VolumeName and 18
+findings), every one scored and counted on its own, as published; scan/… averages those of a scan. Labels are
+valid_predicted_labels.csv or valid_labels.csv, in DIR, in the folder above, or in multi_abnormality_labels/ or
+dataset/multi_abnormality_labels/ there; --labels gives another place.
+
+Rad-ChestCT: DIR holds <id>/<id>.pt or <id>.pt; one label row per scan (NoteAcc_DEID and 15 or 16 columns), train,
+validation and test scans together. Labels are rad_chestct_labels.csv in DIR or the folder above, made by
+`python -m itemizedclip_radiology.prepare.labels rad-chestct`. One calcification label stands under two columns. The
+mean over 14 findings counts it once, with the larger of its two scores; the published code averages all 15 columns.
+Both are reported; unprefixed means are those of 14, with --protocol published those of 15.
 
 Axes: N volumes, C classes.
 """
@@ -10,13 +22,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
+import tyro
 
+from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.errors import UserError
-from itemizedclip_radiology.benchmarks.benchmark import Benchmark, Protocol, assemble
-from itemizedclip_radiology.data.chest import ChestReader
+from itemizedclip_radiology.benchmarks.chest_measures import Averages, Findings, chest_measures
+from itemizedclip_radiology.benchmarks.labelled_studies import LabelledStudies, Protocol, assemble, find_labels
+from itemizedclip_radiology.benchmarks.zero_shot import Measures, StudyOptions
+from itemizedclip_radiology.data.chest import ChestReader, ChestSettings
 from itemizedclip_radiology.data.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, parse_volume_name
 from itemizedclip_radiology.data.label_table import LabelTable, read_label_csv
 from itemizedclip_radiology.data.studies import SeriesFile, Study
@@ -73,6 +91,9 @@ RAD_CHESTCT_POSITIVES = dict(
 )
 """Positives among all 3,630 scans."""
 
+CT_RATE_GRID, RAD_CHESTCT_GRID = 1000, 4000
+"""Thresholds that the published evaluations try."""
+
 _WORDINGS = {
     "Lung nodule": "nodules or nodular density",
     "Lung opacity": "opacity",
@@ -110,7 +131,7 @@ def read_ct_rate_labels(path: str | Path, *, classes: Sequence[str] = CHEST_CLAS
 
 def open_ct_rate(
     labels_csv: str | Path, data_root: str | Path, *, protocol: Protocol = "corrected", allow_missing: bool = False
-) -> Benchmark:
+) -> LabelledStudies:
     """CT-RATE volumes of a label file (normally the validation split): ROOT/valid/valid_1/valid_1_a/valid_1_a_1.pt.
 
     Raises:
@@ -167,7 +188,7 @@ def read_rad_chestct_labels(path: str | Path, *, classes: Sequence[str] = RAD_CH
 
 def open_rad_chestct(
     labels_csv: str | Path, data_dir: str | Path, *, protocol: Protocol = "corrected", allow_missing: bool = False
-) -> Benchmark:
+) -> LabelledStudies:
     """Rad-ChestCT volumes, all splits: ROOT/<id>/<id>.pt or ROOT/<id>.pt, with the 15 published classes.
 
     Both protocols score 15 columns; `merge_calcification` turns the result into the 14 classes in which the one
@@ -214,3 +235,97 @@ def merge_calcification(values_NC: np.ndarray, classes: Sequence[str]) -> tuple[
 def _single(name: str, path: Path) -> Study | None:
     """A study of one volume, or None when there is no such file."""
     return Study(name, (SeriesFile(name, path),)) if path.is_file() else None
+
+
+# --- the benchmarks ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChestOptions(StudyOptions):
+    """What the two evaluations are asked for."""
+
+    model: str | None = "CTRATE_HLIP_BiomedBERT_itemizedclip"
+    """Config of a released checkpoint; checkpoints of runs carry their own."""
+
+    input: Annotated[ChestSettings, tyro.conf.arg(name="")] = field(default_factory=ChestSettings)
+
+    def fit_to_model(self, studies: LabelledStudies, loaded: LoadedModel) -> LabelledStudies:
+        """Volumes as the checkpoint was trained with, unless --input-info says otherwise.
+
+        Raises:
+            ValueError: a model of brain studies.
+        """
+        studies = super().fit_to_model(studies, loaded)
+        if studies.series_names:
+            raise UserError(
+                f"{self.checkpoint}: its model reads series names of brain studies; give a checkpoint of "
+                "train_ctrate.sh"
+            )
+        options = self.input.chest_input(studies.size, loaded.meta.get("transform"))
+        root = self.data_dir.expanduser()
+        return replace(studies, reader=ChestReader(root, options, self.input.cache(options.window)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtRateOptions(ChestOptions):
+    """Zero-shot detection of 16 findings on CT-RATE: AUC, and accuracy, F1, recall, precision at thresholds."""
+
+    labels: Annotated[Path | None, tyro.conf.arg(aliases=("--input-filename", "--zeroshot-ct-rate"))] = None
+    """CSV of labels; default: valid_predicted_labels.csv or valid_labels.csv in --data-root or the folder above."""
+
+    family: ClassVar[str] = "ct_rate"
+
+    def read(self) -> LabelledStudies:
+        """CT-RATE's labelled reconstructions."""
+        labels = find_labels(self.labels, CT_RATE_VALID_LABELS, self.data_dir)
+        return open_ct_rate(labels, self.data_dir, protocol=self.protocol, allow_missing=self.allow_missing)
+
+    def measure(
+        self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str], studies: Sequence[str]
+    ) -> Measures:
+        """Measures of the 16 findings, with the reconstructions of a patient in one fold."""
+        volumes = [parse_volume_name(study) for study in studies]
+        findings = Findings(
+            classes,
+            scores_NC,
+            labels_NC,
+            groups_N=[f"{volume.split}_{volume.patient}" for volume in volumes],
+            scans_N=[volume.scan for volume in volumes],
+        )
+        averages = Averages(f"mean over the {len(classes)} findings, one row per reconstruction", {"": classes})
+        return chest_measures("CT-RATE", findings, averages, protocol=self.protocol, grid_size=CT_RATE_GRID)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RadChestCtOptions(ChestOptions):
+    """Zero-shot detection of 14 findings on Rad-ChestCT: AUC, and accuracy, F1, recall, precision."""
+
+    labels: Annotated[Path | None, tyro.conf.arg(aliases=("--input-filename",))] = None
+    """CSV of labels; default: rad_chestct_labels.csv in --data-root or the folder above."""
+
+    family: ClassVar[str] = "rad_chestct"
+
+    def read(self) -> LabelledStudies:
+        """Rad-ChestCT's scans, all three splits."""
+        labels = find_labels(self.labels, RAD_CHESTCT_LABELS, self.data_dir)
+        return open_rad_chestct(labels, self.data_dir, protocol=self.protocol, allow_missing=self.allow_missing)
+
+    def measure(
+        self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str], studies: Sequence[str]
+    ) -> Measures:
+        """Measures of the 15 columns and of the merged calcification; the label file names no patients."""
+        merged_scores, merged = merge_calcification(scores_NC, classes)
+        merged_labels, _ = merge_calcification(labels_NC, classes)
+        findings = Findings(
+            (*classes, CALCIFICATION),
+            np.concatenate([scores_NC, merged_scores[:, -1:]], axis=1),
+            np.concatenate([labels_NC, merged_labels[:, -1:]], axis=1),
+            groups_N=studies,
+        )
+        if self.protocol == "published":
+            headline = f"mean over the {len(classes)} label columns, calcification counted twice, as published"
+            averages = Averages(headline, {"": classes, f"classes_{len(merged)}": merged})
+        else:
+            headline = f"mean over {len(merged)} findings, the two calcification columns merged into one"
+            averages = Averages(headline, {"": merged, f"columns_{len(classes)}": classes})
+        return chest_measures("Rad-ChestCT", findings, averages, protocol=self.protocol, grid_size=RAD_CHESTCT_GRID)

@@ -1,4 +1,9 @@
-"""RSNA 2019 intracranial hemorrhage and CQ500: head CT studies, each series in three HU windows.
+"""RSNA 2019 intracranial hemorrhage and CQ500: zero-shot detection on head CT, each series in three HU windows.
+
+    python3 zero_shot_rsna.py --resume epoch_24.pt --data-dir DIR --use-serienames
+    python3 zero_shot_rsna.py --resume epoch_24.pt --data-dir DIR --labels RSNA.csv --study-lists test.txt val.txt
+    python3 zero_shot_cq500.py --resume epoch_24.pt --data-dir DIR --use-serienames
+    torchrun --nproc_per_node 8 -- zero_shot_rsna.py …          the same numbers
 
 A series is a folder with img_blood.pt, img_bone.pt, img_brain.pt; the three windows are three series of the model.
 
@@ -9,10 +14,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
 
 from itemizedclip.runtime.errors import MissingFileError, UserError
-from itemizedclip_radiology.benchmarks.benchmark import Benchmark, Protocol, assemble, visible_entries
+from itemizedclip_radiology.benchmarks.labelled_studies import (
+    LabelledStudies,
+    Protocol,
+    assemble,
+    find_labels,
+    visible_entries,
+)
+from itemizedclip_radiology.benchmarks.zero_shot import Measures, StudyOptions, finding_measures
 from itemizedclip_radiology.data.label_table import LabelTable, has_column, header_of, open_csv, read_label_csv
 from itemizedclip_radiology.data.studies import SeriesFile, Study
 
@@ -96,7 +112,7 @@ def open_rsna(
     studies: Sequence[str] | None = None,
     protocol: Protocol = "corrected",
     allow_missing: bool = False,
-) -> Benchmark:
+) -> LabelledStudies:
     """RSNA studies: <data>/<study>/<series>/img_*.pt, folder names with or without RSNA_.
 
     Of several series of a study the first by name is used (the published code takes whichever the file system lists
@@ -212,7 +228,7 @@ def read_cq500_labels(path: str | Path, *, findings: Sequence[str] = CQ500_COLUM
 
 def open_cq500(
     labels_csv: str | Path, data_dir: str | Path, *, protocol: Protocol = "corrected", allow_missing: bool = False
-) -> Benchmark:
+) -> LabelledStudies:
     """CQ500 studies: <data>/<study>/<series>/img_*.pt; every series in every window, sorted by name.
 
     "published" scores the text "Midline shift" against the labels of mass effect and the reverse, as the published
@@ -303,7 +319,55 @@ def _window_files(folder: Path, prefix: str) -> list[SeriesFile]:
     return [SeriesFile(f"{prefix}_{window}", path) for window, path in present]
 
 
-def _note_incomplete(benchmark: Benchmark, studies: Sequence[str]) -> None:
+def _note_incomplete(benchmark: LabelledStudies, studies: Sequence[str]) -> None:
     if studies:
         shown = ", ".join(studies[:5]) + (", …" if len(studies) > 5 else "")
         benchmark.notes.append(f"{len(studies):,} studies lack a window of a series, scored without it: {shown}")
+
+
+# --- the benchmarks ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RsnaOptions(StudyOptions):
+    """Zero-shot detection of intracranial hemorrhage and four of its kinds on RSNA: AUC of each, mean."""
+
+    study_lists: tuple[Path, ...] = ()
+    """Text files of study ids, one per line: score only these; default: all of the label file."""
+
+    family: ClassVar[str] = "rsna"
+
+    def read(self) -> LabelledStudies:
+        """RSNA's studies, every one once."""
+        labels = find_labels(self.labels, ("RSNA.csv", "rsna.csv"), self.data_dir)
+        return open_rsna(
+            labels,
+            self.data_dir,
+            studies=read_study_list(self.study_lists) if self.study_lists else None,
+            protocol=self.protocol,
+            allow_missing=self.allow_missing,
+        )
+
+    def measure(
+        self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str], studies: Sequence[str]
+    ) -> Measures:
+        """AUC of each finding and their mean."""
+        return finding_measures("RSNA", scores_NC, labels_NC, classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cq500Options(StudyOptions):
+    """Zero-shot detection of ten findings on CQ500: AUC of each and their mean."""
+
+    family: ClassVar[str] = "cq500"
+
+    def read(self) -> LabelledStudies:
+        """CQ500's studies, every series in every window."""
+        labels = find_labels(self.labels, ("CQ500.csv", "cq500.csv"), self.data_dir)
+        return open_cq500(labels, self.data_dir, protocol=self.protocol, allow_missing=self.allow_missing)
+
+    def measure(
+        self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str], studies: Sequence[str]
+    ) -> Measures:
+        """AUC of each finding and their mean."""
+        return finding_measures("CQ500", scores_NC, labels_NC, classes)

@@ -233,7 +233,7 @@ def _shows_hu(part_hu: Tensor, path: Path) -> bool:
 
 @dataclass(frozen=True)
 class ChestReader:
-    """Chest CT volumes of a benchmark (see `itemizedclip_radiology.benchmarks.benchmark.StudyReader`).
+    """Chest CT volumes of a benchmark (see `itemizedclip_radiology.benchmarks.labelled_studies.StudyReader`).
 
     Attributes:
         root: folder of the volumes; places in the cache are relative to it.

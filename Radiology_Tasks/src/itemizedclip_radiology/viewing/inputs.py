@@ -33,7 +33,6 @@ from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.files import read_json
 from itemizedclip.viewer.geometry import Geometry
 from itemizedclip.viewer.inputs import FileGrid, InputView, ModelInput
-from itemizedclip_radiology.benchmarks.benchmark import visible_entries
 from itemizedclip_radiology.benchmarks.head_ct import (
     WINDOWS,
     cq500_window_files,
@@ -41,6 +40,7 @@ from itemizedclip_radiology.benchmarks.head_ct import (
     rsna_window_files,
     window_folders,
 )
+from itemizedclip_radiology.benchmarks.labelled_studies import visible_entries
 from itemizedclip_radiology.benchmarks.pub_brain_5 import series_name as pub_brain_5_name
 from itemizedclip_radiology.data.chest import ChestInput, ChestSettings, double_rescale_hu
 from itemizedclip_radiology.data.ct_rate_tree import parse_volume_name

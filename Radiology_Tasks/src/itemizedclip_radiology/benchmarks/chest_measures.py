@@ -1,4 +1,4 @@
-"""What the zero-shot evaluations of chest CT (CT-RATE, Rad-ChestCT) have in common: flags, measures, table.
+"""What is measured of chest CT findings (CT-RATE, Rad-ChestCT): at which thresholds, over which findings; the table.
 
 Axes: N volumes, C classes, M findings that are measured (C, or more where columns are merged).
 """
@@ -6,20 +6,17 @@ Axes: N volumes, C classes, M findings that are measured (C, or more where colum
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from itemizedclip.evaluation.classification import class_aucs
 from itemizedclip.evaluation.results import Protocol
-from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.errors import UserError
-from itemizedclip_radiology.benchmarks.benchmark import Benchmark
 from itemizedclip_radiology.benchmarks.operating_points import (
     MEANING,
     MEASURES,
@@ -31,42 +28,10 @@ from itemizedclip_radiology.benchmarks.operating_points import (
     published_grid,
 )
 from itemizedclip_radiology.benchmarks.roc_figure import RocCurve, roc_figure
-from itemizedclip_radiology.benchmarks.zero_shot import Measures, ZeroShotOptions
-from itemizedclip_radiology.data.chest import ChestReader, ChestSettings
-
-RELEASED_MODEL = "CTRATE_HLIP_BiomedBERT_itemizedclip"
+from itemizedclip_radiology.benchmarks.zero_shot import Measures
 
 _HEADINGS = {"accuracy": "acc", "balanced_accuracy": "b.acc", "f1": "F1", "recall": "rec", "precision": "prec"}
 """Short: a table of 80 columns has room for five besides the longest finding."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChestZeroShotOptions(ZeroShotOptions):
-    """What the two evaluations are asked for."""
-
-    model: str = RELEASED_MODEL
-    """Config of a released checkpoint; checkpoints of runs carry their own."""
-
-    input: Annotated[ChestSettings, tyro.conf.arg(name="")] = field(default_factory=ChestSettings)
-
-    def fit_to_model(self, benchmark: Benchmark, loaded: LoadedModel) -> Benchmark:
-        """Volumes as the checkpoint was trained with, unless --input-info says otherwise.
-
-        Raises:
-            ValueError: a model of brain studies.
-        """
-        vision = loaded.config["vision_cfg"]
-        if vision.get("series_names", False):
-            raise UserError(
-                f"{self.resume}: its model reads series names of brain studies; give a checkpoint of train_ctrate.sh"
-            )
-        d, h, w = vision["volume_size"]
-        options = self.input.chest_input((d, h, w), loaded.meta.get("transform"))
-        root = self.data_dir.expanduser()
-        return replace(benchmark, reader=ChestReader(root, options, self.input.cache(options.window)))
-
-
-# --- measures --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

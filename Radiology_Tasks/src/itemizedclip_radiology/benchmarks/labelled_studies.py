@@ -1,4 +1,4 @@
-"""A zero-shot benchmark: its studies on disk, their labels, the texts to score; shared by all five radiology ones.
+"""The studies of a zero-shot benchmark on disk, their labels, the texts to score; shared by all five radiology ones.
 
 Axes: N studies, C classes.
 """
@@ -8,14 +8,16 @@ from __future__ import annotations
 import logging
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from itemizedclip.data.batch import ItemSample
+from itemizedclip.evaluation.classification import ClassPrompts
 from itemizedclip.evaluation.results import Protocol
-from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.errors import MissingFileError
 from itemizedclip_radiology.data.label_table import LabelTable
 from itemizedclip_radiology.data.studies import LoadedStudy, Preparation, Study, load_study
 from itemizedclip_radiology.data.volumes import BRAIN_SIZE, GreyRange, Size
@@ -57,8 +59,8 @@ class BrainReader:
 
 
 @dataclass
-class Benchmark:
-    """What one evaluation scores.
+class LabelledStudies:
+    """What one evaluation scores: a data set for evaluators, whose images are studies without items.
 
     Attributes:
         name: for result files.
@@ -74,6 +76,8 @@ class Benchmark:
         unlisted: studies on disk without labels, not scored.
         notes: sentences about choices made, for the log and the result file.
         reader: how files become volumes.
+        size: voxels (D, H, W) of a series, as the model takes it.
+        series_names: whether the model reads the names of the series.
     """
 
     name: str
@@ -89,11 +93,46 @@ class Benchmark:
     unlisted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reader: StudyReader = field(default_factory=BrainReader)
+    size: Size = BRAIN_SIZE
+    series_names: bool = True
 
     def __len__(self) -> int:
         return len(self.studies)
 
-    def load(self, index: int, *, size: Size = BRAIN_SIZE) -> LoadedStudy:
+    def __getitem__(self, row: int) -> ItemSample:
+        """A study as evaluators read it; raises BadSampleError when no series can be used."""
+        loaded = self.load(row, size=self.size)
+        return ItemSample(
+            sample_id=self.sample_id(row),
+            image=loaded.image,
+            items=[],
+            series_names=loaded.series_names if self.series_names else None,
+            skipped=[message for _, message in loaded.skipped],
+        )
+
+    def rows(self, keep: Sequence[int]) -> LabelledStudies:
+        """The given studies, in the given order."""
+        return replace(self, studies=[self.studies[row] for row in keep], labels_NC=self.labels_NC[list(keep)])
+
+    def sample_id(self, row: int) -> str:
+        """The id of a study."""
+        return self.studies[row].study_id
+
+    def parts(self, row: int) -> list[str]:
+        """Names of a study's series on disk."""
+        return [series.name for series in self.studies[row].series]
+
+    @property
+    def class_prompts(self) -> ClassPrompts:
+        """One text per class."""
+        return ClassPrompts(self.classes, [[prompt] for prompt in self.prompts])
+
+    @property
+    def known_labels_NC(self) -> np.ndarray:
+        """float64 (N, C): 1, 0, or NaN where not rated."""
+        return np.where(self.labels_NC < 0, np.nan, self.labels_NC.astype(np.float64))
+
+    def load(self, index: int, *, size: Size) -> LoadedStudy:
         """The series of one study, every one once, in order.
 
         Raises:
@@ -113,13 +152,6 @@ class Benchmark:
         return "; ".join(parts) + "".join(f"\n  {note}" for note in self.notes)
 
 
-def check_protocol(protocol: str) -> Protocol:
-    """The protocol, or ValueError naming both."""
-    if protocol not in ("corrected", "published"):
-        raise UserError(f"--protocol is {protocol!r}; expected corrected or published")
-    return "corrected" if protocol == "corrected" else "published"
-
-
 def assemble(
     *,
     name: str,
@@ -130,11 +162,11 @@ def assemble(
     allow_missing: bool,
     looked_in: Path,
     on_disk: Sequence[str] = (),
-) -> Benchmark:
+) -> LabelledStudies:
     """Match labels with studies.
 
     Args:
-        name, protocol, prompts: as in `Benchmark`.
+        name, protocol, prompts: as in `LabelledStudies`.
         table: labels of the rows that should be scored; its classes are those of the prompts.
         found: for each row the study, or None when it is not on disk.
         allow_missing: go on without listed studies that are not on disk.
@@ -155,7 +187,7 @@ def assemble(
             raise MissingFileError(f"{message}. Add them, or score the others with --allow-missing")
         logger.warning("%s; they are left out", message)
     listed = set(table.ids)
-    return Benchmark(
+    return LabelledStudies(
         name=name,
         protocol=protocol,
         studies=[study for study in found if study is not None],
@@ -165,6 +197,25 @@ def assemble(
         missing=[table.ids[row] for row in absent],
         missing_labels_MC=table.labels_NC[absent],
         unlisted=sorted(set(on_disk) - listed),
+    )
+
+
+def find_labels(given: Path | None, usual_names: Sequence[str], data_dir: Path) -> Path:
+    """The label file: the one given, or the usual one, also looked for in the data folder and the folder above.
+
+    Raises:
+        FileNotFoundError: it is in none of these.
+    """
+    names = [Path(name) for name in usual_names] if given is None else [given.expanduser()]
+    folders = [data_dir.expanduser(), data_dir.expanduser().parent]
+    candidates = [*names] if given is not None else []
+    candidates += [folder / name for folder in folders for name in names if not name.is_absolute()]
+    for path in candidates:
+        if path.is_file():
+            return path
+    asked = " or ".join(map(str, names))
+    raise MissingFileError(
+        f"no label file {asked} here, in {folders[0]} or in {folders[1]}; give its path with --labels"
     )
 
 
