@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build the documentation site into docs/_build/html; a warning, such as a dead link, is an error:
-#   .venv/bin/pip install -e '.[docs,radiology]' && bash docs/build.sh
+#   bash docs/build.sh        (run_tests.sh installs what it needs: the extras docs and radiology)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [[ -z "${PYTHON:-}" ]]; then

@@ -21,7 +21,6 @@ exclude_patterns = [
     "_build",
     "search.md",
 ]  # search.html is the site's own search; the page is mounted under another name
-smartquotes = False  # flags keep both of their dashes
 nitpicky = False  # the types of other libraries have no pages here; links between our own pages are checked by MyST
 
 myst_enable_extensions = ["colon_fence", "deflist"]

@@ -21,7 +21,9 @@ def to_rst(app, what: str, name: str, obj: object, options: object, lines: list[
         if first.lstrip().startswith(">>>"):
             written.append(block)
         elif _is_laid_out(block, section=section):
-            written.append("::\n\n" + "\n".join(f"    {line}" for line in block.splitlines()))
+            text = "\n".join(f"    {line}" for line in block.splitlines())
+            follows = written and written[-1].startswith("::") and block.startswith("    ")
+            written.append(text if follows else f"::\n\n{text}")
         else:
             written.append(_with_room_for_lists(_inline(block)))
     lines[:] = [*"\n\n".join(written).splitlines(), ""]
@@ -38,12 +40,19 @@ def _is_laid_out(block: str, *, section: bool) -> bool:
 def _inline(block: str) -> str:
     """`code` becomes ``code``; outside of it nothing is markup."""
     parts = re.split(r"(`+[^`]+`+)", block)
-    text = "".join(f"``{part.strip('`')}``" if part.startswith("`") else _escaped(part) for part in parts)
-    return re.sub(r"(``[^`]+``)(?=\w)", r"\1\\ ", text)  # `size`s: markup ends before a letter by this alone
+    written = []
+    for part, after in zip(parts, [*parts[1:], ""]):
+        if part.startswith("`"):
+            # `size`s: markup ends before a letter by a backslash alone
+            written.append(f"``{part.strip('`')}``" + ("\\ " if re.match(r"\w", after) else ""))
+        else:
+            written.append(_escaped(part))
+    return "".join(written)
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([*|\\]|(?<=\w)_(?!\w))", r"\\\1", text)
+    text = re.sub(r"([*|\\]|(?<=\w)_(?!\w))", r"\\\1", text)
+    return re.sub(r"(?<!\S)(--[a-z][\w-]*)", r"``\1``", text)  # flags keep both of their dashes
 
 
 def _with_room_for_lists(block: str) -> str:

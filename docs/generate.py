@@ -178,7 +178,9 @@ def flag_markdown(flag: Flag) -> str:
 
 
 def _prose(text: str) -> str:
-    """Text of a help as Markdown: nothing in it is markup but `code`."""
+    """Text of a help as Markdown: nothing in it is markup but `code`, and flags are code."""
+    if "`" not in text:
+        text = re.sub(r"(?<![\w-])(--[a-z][\w-]*)", r"`\1`", text)
     parts = re.split(r"(`[^`]+`)", text)
     return "".join(part if part.startswith("`") else re.sub(r"([*_<>\[\]{}$|~\\])", r"\\\1", part) for part in parts)
 

@@ -267,3 +267,48 @@ def test_what_the_wheel_announces_is_in_it(wheel):
             module, _, function = target.partition(":")
             tree = ast.parse(wheel.read(module.replace(".", "/") + ".py"))
             assert function in {getattr(node, "name", None) for node in tree.body}, f"{group}: {target}"
+
+
+# --- what the documents say ------------------------------------------------------------------------------------------
+
+
+def message_templates() -> set[str]:
+    """Every string of the product, with "…" in the place of what differs from case to case."""
+    return {
+        comparable(template(node))
+        for path, _ in files_of_the_house()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp)
+    }
+
+
+def template(node: ast.expr) -> str:
+    """A string, a formatted one, or a sum of them."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(template(part) for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return template(node.left) + template(node.right)
+    is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return re.sub(r"%[sdr]|%\.\df", "…", node.value) if is_text else "…"
+
+
+def comparable(message: str) -> str:
+    """One "…" for several, one space for white space."""
+    return re.sub(r"…(?:\s*…)+", "…", " ".join(message.split()))
+
+
+def test_messages_explained_in_the_documents_are_those_of_the_code():
+    """Each message in a ```text block of docs/troubleshooting.md is, word for word, one that the code can say."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = [comparable(block) for block in re.findall(r"```text\n(.*?)\n```", page, re.DOTALL)]
+    assert len(messages) > 20
+    said = message_templates()
+    assert [message for message in messages if message not in said] == []
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md"])
+def test_paths_in_the_documents_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    places = (ROOT, *WINGS.values(), ROOT / CORE, *(ROOT / CORE / room for rooms in FLOORS for room in rooms))
+    named = re.findall(r"`([\w./-]+\.(?:py|sh|md|toml)|[\w.]+/[\w./]*)`", text) + re.findall(r"\]\(([^)#:]+)\)", text)
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
