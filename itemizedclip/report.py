@@ -23,6 +23,7 @@ from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.questions import QuestionOptions, items_to_ask, score_table
 from itemizedclip.training.distributed import choose_device
 from itemizedclip.training.engine import reported_errors
+from itemizedclip.training.precision import resolve_precision
 from itemizedclip.training.tracking import logging_to_console
 from itemizedclip.viewer.explainer import Explainer
 from itemizedclip.viewer.html import Provenance, described_items, report_html
@@ -115,9 +116,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         items = texts or source.items
         if output is not None:
             items = items_to_ask(texts, options.input, source, remedy=REMEDY)
-        explainer = Explainer(loaded, source, normalise_tokens=options.normalise_tokens)
+        precision = resolve_precision(options.precision, device)
+        explainer = Explainer(
+            loaded, source, normalise_tokens=options.normalise_tokens, autocast_dtype=precision.autocast_dtype
+        )
         explanation, cut = explainer.explain(items), explainer.cut_items(items)
         provenance = provenance_of(loaded, options.checkpoint)
+        provenance.facts.append(("precision", precision.name))
         if items:
             Console().print(score_table(explanation))
         if output is not None:

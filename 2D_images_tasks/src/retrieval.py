@@ -66,8 +66,9 @@ class RetrievalOptions(ABC):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
-    precision: Literal["fp32", "amp_bf16", "auto"] = "fp32"
-    """Of the towers; scores are always float32."""
+    precision: Literal["fp32", "amp_bf16", "auto"] = "auto"
+    """Of the towers; scores are always float32. auto: bfloat16 where the device computes it (docs/training.md says what
+    that does to scores). The published evaluation uses fp32."""
 
     output: Path | None = None
     """Where results.json goes; default: <checkpoint>.<data set>.<tcsim or global>.json beside the checkpoint."""
@@ -145,6 +146,7 @@ def evaluate(options: RetrievalOptions) -> dict[str, float]:
         for note in [*loaded.notes, dataset.incomplete] if ranks.is_main else ():
             if note:
                 logger.warning(note)
+        precision = resolve_precision(options.precision, ranks.device)
         evaluator = RetrievalEvaluator(
             dataset,
             loaded.tokenizer,
@@ -154,7 +156,7 @@ def evaluate(options: RetrievalOptions) -> dict[str, float]:
             encoding=EncodingOptions(
                 batch_size=options.batch_size,
                 num_workers=options.workers,
-                autocast_dtype=resolve_precision(options.precision, ranks.device).autocast_dtype,
+                autocast_dtype=precision.autocast_dtype,
             ),
         )
         with progress_bar("Reading images", enabled=ranks.is_main) as evaluator.on_progress, readable_worker_errors():
@@ -165,7 +167,7 @@ def evaluate(options: RetrievalOptions) -> dict[str, float]:
                 **evaluator.facts,
                 "checkpoint_sha256": file_sha256(options.resume),
                 "transform": transform_spec(loaded.config),
-                "precision": options.precision,
+                "precision": precision.name,
             }
             write_results(output, EvaluationReport(dataset.name, "corrected", str(options.resume), metrics, facts))
             console = Console()

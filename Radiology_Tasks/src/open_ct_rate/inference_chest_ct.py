@@ -17,7 +17,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from open_mri.inputs import body_of, open_input
@@ -31,6 +31,7 @@ from itemizedclip.questions import check_texts_flags, read_items_file, score_tab
 from itemizedclip.training.distributed import choose_device
 from itemizedclip.training.engine import reported_errors
 from itemizedclip.training.options import check_device_name
+from itemizedclip.training.precision import resolve_precision
 from itemizedclip.training.tracking import logging_to_console
 from itemizedclip.viewer.explainer import Explainer
 from itemizedclip.viewer.files import ExplanationFiles
@@ -77,6 +78,10 @@ class InferenceOptions:
 
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda or cuda:N."""
+
+    precision: Literal["fp32", "amp_bf16", "auto"] = "auto"
+    """Of the towers; scores and maps are always float32. auto: bfloat16 where the device computes it (docs/training.md
+    says what that does to scores)."""
 
     files: Annotated[ExplanationFiles, tyro.conf.arg(name="")] = field(default_factory=ExplanationFiles)
 
@@ -137,7 +142,9 @@ def run(options: InferenceOptions) -> Explanation:
         logger.info(note)
     folder = make_output_folder(options.output or folder_named_after(options.scan, "findings"))
     prompts = [prompt_of(name) for name in names]
-    explanation = Explainer(loaded, source, normalise_tokens=True).explain(prompts)
+    precision = resolve_precision(options.precision, loaded.model.logit_scale.device)
+    explainer = Explainer(loaded, source, normalise_tokens=True, autocast_dtype=precision.autocast_dtype)
+    explanation = explainer.explain(prompts)
     shown = replace(explanation, items=names)
     facts = {
         "checkpoint": str(options.resume),
@@ -145,6 +152,7 @@ def run(options: InferenceOptions) -> Explanation:
         "model": loaded.config.get("name", ""),
         "prompts": dict(zip(names, prompts)),
         "normalise_tokens": True,
+        "precision": precision.name,
         "window_hu": [chest.window.hu_min, chest.window.hu_max],
         "fit": chest.fit,
         "score": "TCSim, a cosine between -1 and 1; no probability: compare a finding's score with that of other scans",

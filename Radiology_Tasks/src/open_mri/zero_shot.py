@@ -96,8 +96,9 @@ class ZeroShotOptions(ABC):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
-    precision: Literal["fp32", "amp_bf16", "auto"] = "fp32"
-    """Of the towers; scores are always float32."""
+    precision: Literal["fp32", "amp_bf16", "auto"] = "auto"
+    """Of the towers; scores are always float32. auto: bfloat16 where the device computes it (docs/training.md says what
+    that does to scores). The published evaluation uses fp32."""
 
     output: Path | None = None
     """Folder of results and scores; default: beside the checkpoint, named after it and the benchmark."""
@@ -278,7 +279,9 @@ class _Writer:
         self.file.flush()
 
 
-def score_key(options: ZeroShotOptions, loaded: LoadedModel, benchmark: Benchmark) -> dict[str, Any]:
+def score_key(
+    options: ZeroShotOptions, loaded: LoadedModel, benchmark: Benchmark, precision: Precision
+) -> dict[str, Any]:
     """Everything that scores depend on."""
     return {
         "version": _SCORES_VERSION,
@@ -287,7 +290,7 @@ def score_key(options: ZeroShotOptions, loaded: LoadedModel, benchmark: Benchmar
         "classes": ClassPrompts(benchmark.classes, [[prompt] for prompt in benchmark.prompts]).sha256,
         "data_dir": str(options.data_dir.expanduser().resolve()),
         "reader": benchmark.reader.facts(),
-        "precision": options.precision,
+        "precision": precision.name,
     }
 
 
@@ -391,11 +394,15 @@ class Scored:
 
 
 def score_benchmark(
-    options: ZeroShotOptions, loaded: LoadedModel, benchmark: Benchmark, log: ScoreLog, ranks: Ranks
+    options: ZeroShotOptions,
+    loaded: LoadedModel,
+    benchmark: Benchmark,
+    log: ScoreLog,
+    ranks: Ranks,
+    precision: Precision,
 ) -> Scored:
     """Scores of all studies: those on disk, and the others computed, this rank its share."""
     classes = ClassPrompts(benchmark.classes, [[prompt] for prompt in benchmark.prompts])
-    precision = resolve_precision(options.precision, ranks.device)
     known = on_main(lambda: _take_over(options, benchmark, log))
     series = {row: len(study.series) for row, study in enumerate(benchmark.studies) if row not in known}
     own = plan_batches(series, options.batch_size)[ranks.rank :: ranks.world_size]
@@ -499,9 +506,10 @@ def evaluate(options: ZeroShotOptions) -> dict[str, float]:
         for note in loaded.notes if ranks.is_main else ():
             logger.info("%s: %s", options.resume, note)
         benchmark = options.fit_to_model(benchmark, loaded)
-        key = on_main(lambda: score_key(options, loaded, benchmark))
+        precision = resolve_precision(options.precision, ranks.device)
+        key = on_main(lambda: score_key(options, loaded, benchmark, precision))
         log = ScoreLog(options.output_folder, key, benchmark.classes)
-        scored = score_benchmark(options, loaded, benchmark, log, ranks)
+        scored = score_benchmark(options, loaded, benchmark, log, ranks, precision)
         return on_main(lambda: _report(options, benchmark, key, log, scored))
 
 
