@@ -123,7 +123,7 @@ def evaluate(options: BenchmarkOptions) -> dict[str, float]:
         if ranks.is_main:
             for note in loaded.notes:
                 logger.info("%s: %s", checkpoint, note)
-            for note in filter(None, (precision.notice, *benchmark.notes)):
+            for note in benchmark.notes:
                 logger.warning("%s", note)
         evaluator = benchmark.evaluator
         with progress_bar(f"Scoring {evaluator.unit}", enabled=ranks.is_main) as evaluator.on_progress:

@@ -41,7 +41,7 @@ class Checkpoint:
         samples_seen: images of all ranks.
         total_steps: length of the schedule.
         run_id: identity of the run, kept over resumes.
-        options: plain options of the run.
+        options: plain options of the run, --precision as it was computed in.
         model_config: rebuilds the model.
         transform: what was done to images, as plain data.
         data_fingerprint: identity of the training data.

@@ -99,7 +99,8 @@ class ModelSettings:
     """Compile the towers (minutes at the start, faster steps)."""
 
     precision: Literal["auto", "amp", "amp_bf16", "bf16", "fp32"] = "auto"
-    """amp: float16, scaled loss; bf16: amp_bf16 with bfloat16 towers; auto: amp_bf16, amp on old GPUs, fp32 on CPUs."""
+    """amp: float16, scaled loss; bf16: amp_bf16 with bfloat16 towers; auto: amp_bf16 where the device computes
+    bfloat16, else amp on GPUs and fp32 on CPUs."""
 
     def __post_init__(self) -> None:
         check(

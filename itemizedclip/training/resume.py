@@ -17,6 +17,12 @@ from itemizedclip.training.run import Position, Run
 logger = logging.getLogger(__name__)
 
 
+def plain_options(run: Run) -> dict[str, Any]:
+    """The options as checkpoints keep them: --precision auto as what it became, which on another machine may differ."""
+    options = options_to_dict(run.options)
+    return {**options, "model": {**options["model"], "precision": run.precision.name}}
+
+
 def restore(run: Run, path: Path, config: Mapping[str, Any]) -> None:
     """Bring a built run to the state of a checkpoint and say what differs.
 
@@ -47,7 +53,7 @@ def restore(run: Run, path: Path, config: Mapping[str, Any]) -> None:
     run.last_checkpoint = path
     for change in checkpoints.describe_changes(
         saved,
-        options_to_dict(run.options),
+        plain_options(run),
         total_steps=run.total_steps,
         data_fingerprint=run.data_fingerprint,
         world_size=run.ranks.world_size,
@@ -96,7 +102,7 @@ def save(run: Run, path: Path) -> None:
             samples_seen=where.samples_seen,
             total_steps=run.total_steps,
             run_id=run.run_id,
-            options=options_to_dict(run.options),
+            options=plain_options(run),
             model_config=dict(run.model.config),
             transform=run.transform,
             data_fingerprint=run.data_fingerprint,

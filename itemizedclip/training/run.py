@@ -148,8 +148,6 @@ def build(
     if len(set(steps)) > 1:
         raise SetupError(f"the ranks have different numbers of steps per epoch, {steps}; give every rank the same")
     precision = resolve_precision(settings.precision, ranks.device)
-    if precision.notice:
-        logger.warning(precision.notice)
     model.to(ranks.device)
     cast_towers(model, precision)
     model.lock(
