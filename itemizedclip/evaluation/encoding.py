@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itemizedclip.data.batch import BadSampleError, ItemSample, Tokenizer, trim_padding
+from itemizedclip.data.workers import RoomyCollator, unpacked
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.runtime import collectives
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.logs import OnProgress
+from itemizedclip.runtime.processes import shield_loader_worker
 
 
 class ItemDataset(Protocol):
@@ -116,11 +118,12 @@ def encode_images(
         _Images(dataset),
         batch_sampler=batches,
         num_workers=options.num_workers,
-        collate_fn=_collate,
+        collate_fn=RoomyCollator(_collate),
+        worker_init_fn=shield_loader_worker,
         pin_memory=device.type == "cuda",
     )
     done, to_do = 0, sum(map(len, batches))
-    for rows_B, images, series_names in loader:
+    for rows_B, images, series_names in map(unpacked, loader):
         yield ImageBatch(rows_B.to(device), encode_image_batch(model, images, options, series_names=series_names))
         done += len(rows_B)
         if on_progress:

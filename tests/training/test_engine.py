@@ -19,15 +19,17 @@ from toy import ToyDataset, ToyModel, ToyRun, toy_options, toy_tokenizer, toy_tr
 from itemizedclip.data.batch import BadSampleError, ItemBatch, ItemCollator
 from itemizedclip.data.preflight import PreflightError
 from itemizedclip.runtime.errors import reported_errors
-from itemizedclip.runtime.precision import Precision, cast_towers, resolve_precision
+from itemizedclip.runtime.precision import Precision, resolve_precision
 from itemizedclip.runtime.processes import SetupError, StopRequest, choose_device
 from itemizedclip.training import run as run_module
 from itemizedclip.training import task as task_module
 from itemizedclip.training.engine import NonFiniteError
+from itemizedclip.training.folder import TrackingError, choose_run_folder
 from itemizedclip.training.optimizer import create_optimizer, create_schedule, decaying_parameters, parameter_groups
 from itemizedclip.training.options import LoadingSettings, ObjectiveSettings, OptimizerSettings
+from itemizedclip.training.run import cast_towers
 from itemizedclip.training.task import ItemizedTask
-from itemizedclip.training.tracking import TrackingError, check_trackers, choose_run_folder, drop_lines_after
+from itemizedclip.training.tracking import check_trackers, drop_lines_after
 
 TOY = str(Path(__file__).parents[1] / "helpers" / "toy.py")
 OBJECTIVE = ObjectiveSettings(ila_keep_rate=0.8)
@@ -73,7 +75,7 @@ def losses(folder: Path) -> list[float]:
 def run_toy(*flags: object, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     """The toy run in processes of its own."""
     # "--" keeps torchrun from reading --logs as one of its own flags.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--"]
+    launcher = ["-m", "itemizedclip.runtime.torchrun", "--standalone", "--nproc_per_node", str(ranks), "--"]
     command = [sys.executable, *(launcher if ranks > 1 else []), TOY, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert not check or done.returncode == 0, done.stderr[-3000:]
@@ -518,7 +520,7 @@ def test_starting_conditions_are_checked(tmp_path):
 def raise_from_join(options: ToyRun) -> None:
     from itemizedclip.runtime.processes import _join
 
-    _join(replace(options, distributed=replace(options.distributed, backend="nccl")), torch.device("cpu"))
+    _join(replace(options.distributed, backend="nccl"), torch.device("cpu"))
 
 
 def test_errors_of_a_script_are_one_line(tmp_path):
