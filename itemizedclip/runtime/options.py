@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from itemizedclip.runtime.flags import at_least
+from itemizedclip.runtime.flags import at_least, at_most, max_processes
 from itemizedclip.runtime.processes import DistributedSettings, check_device_name
 
 
@@ -61,3 +61,4 @@ class EvaluationOptions(CheckpointOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, batch_size=1, workers=0)
+        at_most(self, workers=max_processes())
