@@ -7,6 +7,7 @@ The flags are asked from the commands themselves (`--help`), the API from the pa
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import inspect
@@ -19,6 +20,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -102,7 +104,7 @@ def ask_help(main: Callable[[list[str]], object], *before: str) -> Help:
     """The help of a command, read."""
     status, text = ask(main, [*before, "--help"])
     if status:
-        raise UnreadableHelpError(f"{main.__module__} {' '.join(before)} --help ends with {status}:\n{text}")
+        raise UnreadableHelpError(f"{main} {' '.join(before)} --help ends with {status}:\n{text}")
     return read_help(text)
 
 
@@ -280,19 +282,28 @@ def commands() -> Iterator[tuple[str, str, Callable[[list[str]], object], list[s
     for path in sorted([*ROOT.glob("2D_images_tasks/src/**/*.py"), *ROOT.glob("Radiology_Tasks/src/open_*/*.py")]):
         if any(part in WINGS for part in path.parts):
             continue
-        door = runpy.run_path(str(path), run_name="door")
-        summary = (door.get("__doc__") or "").strip().removesuffix(" (see --help).")
-        yield path.relative_to(ROOT).as_posix(), summary, door["main"], _names_of_door(door["main"])
+        summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").removesuffix(" (see --help).")
+        yield path.relative_to(ROOT).as_posix(), summary, partial(run_script, path), names_of_script(path)
     for module_name in sorted(modules_in_the_pages()):
         module = importlib.import_module(module_name)
         summary = (inspect.getdoc(module) or "").partition("\n\n")[0]
         yield f"python -m {module_name}", summary, module.main, []
 
 
-def _names_of_door(main: Callable[..., object]) -> list[str]:
-    """What a script wants to be told first, such as coco or flickr."""
-    table = getattr(sys.modules[main.__module__], "COMMANDS", {})
-    return list(table) if ask(main, ["--help"])[0] else []
+def run_script(path: Path, argv: Sequence[str]) -> None:
+    """A script, run as a user runs it."""
+    before, sys.argv = sys.argv, [str(path), *argv]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def names_of_script(path: Path) -> list[str]:
+    """What a script wants to be told first, such as coco or flickr; it says so when it is not."""
+    status, said = ask(partial(run_script, path), ["--help"])
+    expected = re.search(r"expected a command first: (.*)", said) if status else None
+    return expected[1].strip().split(" or ") if expected else []
 
 
 def modules_in_the_pages() -> set[str]:
