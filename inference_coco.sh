@@ -4,8 +4,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
 MISSING_EXAMPLE="COCO_DIR=/data/coco RESUME=logs/run/checkpoints/epoch_100.pt"
 asks_for_help "$@" || {
-    need COCO_DIR "folder with annotations/captions_val2017.json and images/val2017/"
-    need RESUME "checkpoint (.pt) to evaluate"
+    need COCO_DIR "--coco-data-root-dir" "folder with annotations/captions_val2017.json and images/val2017/"
+    need RESUME "--resume --checkpoint" "checkpoint (.pt) to evaluate"
     check_needs
 }
 launch "$ROOT/2D_images_tasks/src/retrieval.py" coco \

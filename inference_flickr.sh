@@ -4,8 +4,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
 MISSING_EXAMPLE="FLICKR_DIR=/data/flickr30k RESUME=logs/run/checkpoints/epoch_100.pt"
 asks_for_help "$@" || {
-    need FLICKR_DIR "folder with flickr30k_val.json or flickr30k_test.json and the images"
-    need RESUME "checkpoint (.pt) to evaluate"
+    need FLICKR_DIR "--flickr-data-root-dir" "folder with flickr30k_val.json or flickr30k_test.json and the images"
+    need RESUME "--resume --checkpoint" "checkpoint (.pt) to evaluate"
     check_needs
 }
 launch "$ROOT/2D_images_tasks/src/retrieval.py" flickr \

@@ -4,8 +4,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
 MISSING_EXAMPLE="RSICD_DIR=/data/rsicd RESUME=logs/run/checkpoints/epoch_100.pt"
 asks_for_help "$@" || {
-    need RSICD_DIR "folder with test.csv and large_label.json"
-    need RESUME "checkpoint (.pt) to evaluate"
+    need RSICD_DIR "--rsicd-data-dir --rsicd-dir" "folder with test.csv and large_label.json"
+    need RESUME "--resume --checkpoint" "checkpoint (.pt) to evaluate"
     check_needs
 }
 launch "$ROOT/2D_images_tasks/src/classification.py" \

@@ -6,8 +6,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
 MISSING_EXAMPLE="DATA_ROOT=/data/ct_rate ITEMS_JSON=/data/ct_rate/itemized.json"
 asks_for_help "$@" || {
-    need DATA_ROOT "CT-RATE's folder of .pt volumes, with train/ and valid/ in it"
-    need ITEMS_JSON "reconstructions and report items of each training scan (itemized.json)"
+    need DATA_ROOT "--data-root" "CT-RATE's folder of .pt volumes, with train/ and valid/ in it"
+    need ITEMS_JSON "--items-json" "reconstructions and report items of each training scan (itemized.json)"
     check_needs
 }
 launch "$ROOT/Radiology_Tasks/src/open_ct_rate/main.py" --recipe ctrate --logs "$LOGS" \

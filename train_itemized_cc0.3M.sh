@@ -5,9 +5,9 @@
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
 MISSING_EXAMPLE="TRAIN_SHARDS='/data/cc/{00000..00057}.tar' VAL_SHARDS='/data/cc/{00058..00059}.tar' ITEMS_JSON=/data/first_300000_rewrites.json"
 asks_for_help "$@" || {
-    need TRAIN_SHARDS "training shards: a quoted brace range, several sources joined by '::'"
-    need VAL_SHARDS "validation shards, in the same form; 'none' trains without validation"
-    need ITEMS_JSON "item file by sample index (first_300000_rewrites.json); 'captions' uses the samples' own captions"
+    need TRAIN_SHARDS "--train-data" "training shards: a quoted brace range, several sources joined by '::'"
+    need VAL_SHARDS "--val-data" "validation shards, in the same form; 'none' trains without validation"
+    need ITEMS_JSON "--external-captions" "item file by sample index (first_300000_rewrites.json); 'captions' uses the samples' own captions"
     check_needs
 }
 [[ "${VAL_SHARDS:-}" == "none" ]] && VAL_SHARDS=""

@@ -5,8 +5,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
 MISSING_EXAMPLE="DATA_ROOT=/data/mri JSON_ROOT=/data/mri"
 asks_for_help "$@" || {
-    need DATA_ROOT "folder of STUDY/SERIES/img.pt, or of train/ and valid/ with these"
-    need JSON_ROOT "folder with train.json and valid.json"
+    need DATA_ROOT "--data-root" "folder of STUDY/SERIES/img.pt, or of train/ and valid/ with these"
+    need JSON_ROOT "--json-root" "folder with train.json and valid.json"
     check_needs
 }
 launch "$ROOT/Radiology_Tasks/src/open_mri_train/main.py" --recipe mri --logs "$LOGS" \

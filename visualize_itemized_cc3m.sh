@@ -5,9 +5,9 @@
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
 MISSING_EXAMPLE="VAL_SHARDS='/data/cc/{00058..00059}.tar' ITEMS_JSON=/data/first_300000_rewrites.json RESUME=epoch_100.pt"
 asks_for_help "$@" || {
-    need VAL_SHARDS "shards with the images: a quoted brace range, several sources joined by '::'"
-    need ITEMS_JSON "item file by sample index (first_300000_rewrites.json); 'captions' uses the samples' own captions"
-    need RESUME "checkpoint (.pt) to look into"
+    need VAL_SHARDS "--val-data" "shards with the images: a quoted brace range, several sources joined by '::'"
+    need ITEMS_JSON "--external-captions" "item file by sample index (first_300000_rewrites.json); 'captions' uses the samples' own captions"
+    need RESUME "--resume --checkpoint" "checkpoint (.pt) to look into"
     check_needs
 }
 GPUS=1

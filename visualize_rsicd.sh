@@ -4,9 +4,9 @@
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
 MISSING_EXAMPLE="RSICD_DIR=/data/rsicd RSICD_ITEMS='/data/trainv1.json;/data/testv1.json' RESUME=epoch_100.pt"
 asks_for_help "$@" || {
-    need RSICD_DIR "folder with test.csv"
-    need RSICD_ITEMS "item files 'train.json;test.json' or 'train.json;valid.json;test.json'; 'captions' uses the CSV's sentences"
-    need RESUME "checkpoint (.pt) to look into"
+    need RSICD_DIR "--rsicd-data-dir --rsicd-dir" "folder with test.csv"
+    need RSICD_ITEMS "--external-captions" "item files 'train.json;test.json' or 'train.json;valid.json;test.json'; 'captions' uses the CSV's sentences"
+    need RESUME "--resume --checkpoint" "checkpoint (.pt) to look into"
     check_needs
 }
 GPUS=1

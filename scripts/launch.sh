@@ -24,16 +24,25 @@ asks_for_help() {
     return 1
 }
 
-# need NAME "what it is": ends the script with every missing variable named, once all are checked by `check_needs`.
+# need NAME "--flag --alias" "what it is": the variable, or one of the flags that stand for it (which win when both are
+# given). Ends the script with everything missing named, once all are checked by `check_needs`.
 MISSING=()
+ARGUMENTS=("$@")
 need() {
-    [[ -n "${!1:-}" ]] || MISSING+=("  $1  $2")
+    local flag argument
+    [[ -n "${!1:-}" ]] && return 0
+    for flag in $2; do
+        for argument in ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}; do
+            [[ "$argument" == "$flag" || "$argument" == "$flag="* ]] && return 0
+        done
+    done
+    MISSING+=("  $1  $3 (or ${2%% *})")
 }
 
 check_needs() {
     (( ${#MISSING[@]} == 0 )) && return 0
     {
-        echo "$(basename "$0"): set these environment variables first:"
+        echo "$(basename "$0"): set these environment variables first, or give the flags:"
         printf '%s\n' "${MISSING[@]}"
         echo "for example:  ${MISSING_EXAMPLE:-NAME=/path} bash $(basename "$0")"
     } >&2

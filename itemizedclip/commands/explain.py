@@ -31,6 +31,7 @@ from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.flags import read_flags
 from itemizedclip.runtime.logs import progress_bar
+from itemizedclip.runtime.precision import Precision, resolve_precision
 from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, on_main
 from itemizedclip.viewer.explanation import Explainer, Explanation
 from itemizedclip.viewer.files import ExplanationFiles, write_explanation
@@ -127,16 +128,17 @@ def run(options: ExplainOptions) -> dict[str, float]:
         texts = options.texts
         loaded = load_pretrained(options.checkpoint, config=options.model, text_model=options.text_model)
         loaded.model.to(ranks.device)
+        precision = resolve_precision(options.precision, ranks.device)
         if options.input is not None:
-            on_main(lambda: explain_one(options, loaded, texts))
+            on_main(lambda: explain_one(options, loaded, texts, precision))
             return {}
-        return measure(options, loaded, ranks)
+        return measure(options, loaded, ranks, precision)
 
 
 # --- one input -------------------------------------------------------------------------------------------------------
 
 
-def explain_one(options: ExplainOptions, loaded: LoadedModel, texts: list[str]) -> None:
+def explain_one(options: ExplainOptions, loaded: LoadedModel, texts: list[str], precision: Precision) -> None:
     """Write pictures, volumes and JSON of one input, print its scores."""
     assert options.input is not None
     source = open_input(options.input, loaded)
@@ -145,13 +147,16 @@ def explain_one(options: ExplainOptions, loaded: LoadedModel, texts: list[str]) 
     for note in source.notes:
         logger.info(note)
     folder = make_output_folder(options.output or folder_named_after(options.input, "explain"))
-    explainer = Explainer(loaded, source, normalise_tokens=options.normalise_tokens)
+    explainer = Explainer(
+        loaded, source, normalise_tokens=options.normalise_tokens, autocast_dtype=precision.autocast_dtype
+    )
     explanation = explainer.explain(items)
     facts = {
         "checkpoint": str(options.checkpoint),
         "checkpoint_sha256": file_sha256(options.checkpoint),
         "model": loaded.config.get("name", ""),
         "normalise_tokens": options.normalise_tokens,
+        "precision": precision.name,
         "cut_items": [text for text, cut in zip(items, explainer.cut_items(items)) if cut],
     }
     written = write_with_progress(explanation, folder, options.files, facts, options.input)
@@ -203,7 +208,7 @@ def print_written(folder: Path, written: Sequence[Path]) -> None:
 # --- a set -----------------------------------------------------------------------------------------------------------
 
 
-def measure(options: ExplainOptions, loaded: LoadedModel, ranks: Ranks) -> dict[str, float]:
+def measure(options: ExplainOptions, loaded: LoadedModel, ranks: Ranks, precision: Precision) -> dict[str, float]:
     """MLL, mAMS and, with masks, pointing game and mIoU over a set; table and results.json."""
     over = options.over
     dataset: Any
@@ -230,11 +235,15 @@ def measure(options: ExplainOptions, loaded: LoadedModel, ranks: Ranks) -> dict[
             loaded.tokenizer,
             normalise_tokens=options.normalise_tokens,
             tolerance_px=tuple(over.tolerance * size for size in patch_of(loaded.config)),
-            encoding=EncodingOptions(batch_size=over.batch_size or (1 if is_study else 32), num_workers=over.workers),
+            encoding=EncodingOptions(
+                batch_size=over.batch_size or (1 if is_study else 32),
+                num_workers=over.workers,
+                autocast_dtype=precision.autocast_dtype,
+            ),
             on_progress=advance,
         )
         metrics = evaluator.run(loaded.model)
-    on_main(lambda: _report(options, name, metrics, evaluator.facts | facts))
+    on_main(lambda: _report(options, name, metrics, evaluator.facts | facts | {"precision": precision.name}))
     return metrics
 
 

@@ -23,13 +23,13 @@ from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256, read_lines
 from itemizedclip.runtime.flags import read_flags
 from itemizedclip.runtime.logs import progress_bar
-from itemizedclip.runtime.precision import resolve_precision
+from itemizedclip.runtime.precision import Precision, resolve_precision
 from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, on_main
 from itemizedclip.search.build import BuildReport, build_index
 from itemizedclip.search.index import ImageIndex, load_photograph_model
 from itemizedclip.search.plan import BuildOptions
 from itemizedclip.search.recall import BUILT_IN_QUERIES, PrefilterRecall
-from itemizedclip.search.store import FeatureSource, FeatureStore, Storage, read_manifest, write_manifest
+from itemizedclip.search.store import INDEX_FILE, FeatureSource, FeatureStore, Storage, read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class IndexOptions:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
-    precision: Literal["fp32", "amp_bf16", "auto"] = "fp32"
-    """Of the image tower; auto: bfloat16 on GPUs that compute it."""
+    precision: Literal["fp32", "amp_bf16", "auto"] = "auto"
+    """Of the image tower; auto: that of the index when there is one, else bfloat16 where the device computes it."""
 
     storage: Storage = "float16"
     """How features are kept: float16 is the finer one, bfloat16 holds larger numbers."""
@@ -99,10 +99,11 @@ class IndexOptions:
             return self.output.expanduser().resolve()
         return self.folder.with_name(f"{self.folder.name}.index")
 
-    def build_options(self, ranks: Ranks) -> BuildOptions:
+    def build_options(self, precision: Precision) -> BuildOptions:
         """How to encode on this process."""
-        dtype = resolve_precision(self.precision, ranks.device).autocast_dtype
-        encoding = EncodingOptions(batch_size=self.batch_size, num_workers=self.workers, autocast_dtype=dtype)
+        encoding = EncodingOptions(
+            batch_size=self.batch_size, num_workers=self.workers, autocast_dtype=precision.autocast_dtype
+        )
         return BuildOptions(encoding, self.shard_size, self.max_bad_fraction)
 
 
@@ -132,10 +133,10 @@ def run(options: IndexOptions) -> BuildReport:
         loaded.model.to(ranks.device)
         for note in loaded.notes if ranks.is_main else ():
             logger.warning(note)
-        precision = resolve_precision(options.precision, ranks.device).name
+        precision = resolve_precision(on_main(lambda: _precision_name(options)), ranks.device)
         # An index of photographs that were decoded by another rule would mix both.
         transform = transform_spec(loaded.config) | {"decoder": DECODER_VERSION}
-        source = FeatureSource(digest, loaded.config, transform, options.storage, precision)
+        source = FeatureSource(digest, loaded.config, transform, options.storage, precision.name)
         with progress_bar("Encoding images", enabled=ranks.is_main) as on_progress:
             report = build_index(
                 loaded.model,
@@ -144,13 +145,20 @@ def run(options: IndexOptions) -> BuildReport:
                 checkpoint=checkpoint,
                 transform=create_transform(loaded.config, is_train=False),
                 source=source,
-                options=options.build_options(ranks),
+                options=options.build_options(precision),
                 on_progress=on_progress,
             )
         recall = _measure(options, report, queries, loaded, ranks)
         if ranks.is_main:
             print_report(Console(), options.index_folder, report, recall)
         return report
+
+
+def _precision_name(options: IndexOptions) -> str:
+    """What to resolve: auto is the precision of an index that is there, so that a machine can update another's."""
+    if options.precision != "auto" or not (options.index_folder / INDEX_FILE).is_file():
+        return options.precision
+    return read_manifest(options.index_folder).source.precision
 
 
 def _digest(checkpoint: Path) -> str:

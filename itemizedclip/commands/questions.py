@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.table import Table
@@ -41,6 +41,10 @@ class QuestionOptions:
 
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda or cuda:N."""
+
+    precision: Literal["fp32", "amp_bf16", "auto"] = "auto"
+    """Of the towers; scores and maps are always float32. auto: bfloat16 where the device computes it (docs/training.md
+    says what that does to scores)."""
 
     normalise_tokens: bool = False
     """L2-normalise image tokens before the head, as published zero-shot evaluation does; changes the third decimal."""

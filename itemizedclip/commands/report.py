@@ -23,6 +23,7 @@ from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256, write_text
 from itemizedclip.runtime.flags import read_flags
 from itemizedclip.runtime.logs import logging_to_console
+from itemizedclip.runtime.precision import resolve_precision
 from itemizedclip.runtime.processes import choose_device
 from itemizedclip.viewer.explanation import Explainer
 from itemizedclip.viewer.inputs import open_input
@@ -104,9 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         items = texts or source.items
         if output is not None:
             items = items_to_ask(texts, options.input, source, remedy=REMEDY)
-        explainer = Explainer(loaded, source, normalise_tokens=options.normalise_tokens)
+        precision = resolve_precision(options.precision, device)
+        explainer = Explainer(
+            loaded, source, normalise_tokens=options.normalise_tokens, autocast_dtype=precision.autocast_dtype
+        )
         explanation, cut = explainer.explain(items), explainer.cut_items(items)
         provenance = provenance_of(loaded, options.checkpoint)
+        provenance.facts.append(("precision", precision.name))
         if items:
             Console().print(score_table(explanation))
         if output is not None:

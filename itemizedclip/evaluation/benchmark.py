@@ -123,7 +123,7 @@ def evaluate(options: BenchmarkOptions) -> dict[str, float]:
         if ranks.is_main:
             for note in loaded.notes:
                 logger.info("%s: %s", checkpoint, note)
-            for note in filter(None, (precision.notice, *benchmark.notes)):
+            for note in benchmark.notes:
                 logger.warning("%s", note)
         evaluator = benchmark.evaluator
         with progress_bar(f"Scoring {evaluator.unit}", enabled=ranks.is_main) as evaluator.on_progress:
@@ -137,7 +137,7 @@ def evaluate_from_flags(
 ) -> dict[str, float]:
     """Entry point of the scripts: a benchmark by its flags, errors in one line."""
     with reported_errors(prog):
-        return evaluate(read_flags(kind, argv, prog=prog, description=description_of(kind)))
+        return evaluate(read_flags(kind, argv, prog=prog, description=description_of(kind), published=True))
 
 
 def _check_results_file(path: Path) -> None:

@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itemizedclip.data.batch import BadSampleError, ItemSample, Tokenizer, trim_padding
+from itemizedclip.data.workers import RoomyCollator, unpacked
 from itemizedclip.evaluation.evaluator import ItemDataset, has_parts, items_of, parts_of
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.runtime import collectives
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.logs import OnProgress
+from itemizedclip.runtime.processes import shield_loader_worker
 
 logger = logging.getLogger(__name__)
 
@@ -170,11 +172,12 @@ def encode_images(
         _Images(dataset, skip=options.on_bad_sample == "skip"),
         batch_sampler=batches,
         num_workers=options.num_workers,
-        collate_fn=partial(_collate, one_shape=not has_parts(dataset)),
+        collate_fn=RoomyCollator(partial(_collate, one_shape=not has_parts(dataset))),
+        worker_init_fn=shield_loader_worker,
         pin_memory=device.type == "cuda",
     )
     done, to_do = 0, sum(map(len, batches))
-    for batch, (groups, failed) in zip(batches, loader):
+    for batch, (groups, failed) in zip(batches, map(unpacked, loader)):
         for row, why in failed:
             if unusable is not None and row not in unusable:
                 logger.warning("%s", why)

@@ -6,6 +6,7 @@ Axes: B images, N texts, L image tokens, D joint width, C text context length.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,8 +96,24 @@ class DualEncoder(nn.Module):
         """Keep τ within [1, 100]; called after every optimizer step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
-    def lock(self, *, image: bool = False, text: bool = False) -> None:
-        """Freeze whole towers; call before wrapping in DDP."""
+    def lock(self, *, image: bool = False, text: bool = False, freeze_layer_norm: bool = True) -> None:
+        """Freeze towers; call before wrapping in DDP.
+
+        Args:
+            image: freeze the image tower.
+            text: freeze the text tower.
+            freeze_layer_norm: its LayerNorms too; otherwise they train, and the tower keeps its training mode.
+        """
         parts = (self.image_tower() if image else []) + (self.text_tower() if text else [])
         for part in parts:
             part.requires_grad_(False)
+        if text and not freeze_layer_norm:
+            unfreeze_layer_norms(self.text_tower())
+
+
+def unfreeze_layer_norms(parts: Iterable[nn.Module | nn.Parameter]) -> None:
+    """Let the LayerNorms of a frozen tower train."""
+    for part in parts:
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            if isinstance(module, nn.LayerNorm):
+                module.requires_grad_(True)

@@ -22,6 +22,7 @@ from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from torch import Tensor
 
+from itemizedclip.models.archive import DamagedError, unusable_tensor, verify_archive
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.tokenizers import ClipTokenizer
@@ -33,6 +34,10 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 FAMILIES: Registry[type[DualEncoder]] = Registry("itemizedclip.models", "model family", {"vit": ItemizedCLIP2D})
 """Value of `vision_cfg.tower` → DualEncoder class."""
+
+
+COMPUTED_BUFFERS = ("embeddings.position_ids", "attn_mask")
+"""Endings of buffers that library versions add or drop; the model computes its own."""
 
 
 class CheckpointError(UserError):
@@ -144,11 +149,18 @@ def transform_spec(config: Mapping[str, Any]) -> dict[str, Any]:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, verify: bool = True, mapped: bool = False) -> dict[str, Any]:
     """The contents of a .pt (tensors and plain data only) or .safetensors file, on the CPU.
 
+    Args:
+        path: the file.
+        verify: compare the file with its checksum first (see `itemizedclip.models.archive`), and refuse weights that
+            are not finite; False for a file that was verified just before.
+        mapped: let the tensors stay in the file until they are used.
+
     Raises:
-        CheckpointError: no such file, a truncated file, or one that would run code when loaded.
+        CheckpointError: no such file, a damaged one, one that would run code when loaded, or weights that no model
+            can use.
     """
     path = Path(path)
     if not path.is_file():
@@ -158,8 +170,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return {"state_dict": load_file(str(path))}
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded: Any = load_file(str(path))
+        else:
+            if verify:
+                verify_archive(path)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and _is_archive(path))
+    except DamagedError as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); copy it again, or take another checkpoint") from error
     except pickle.UnpicklingError as error:
         # PyTorch's advice to load the file without this protection is not passed on.
         if "nsupported" not in str(error):
@@ -176,7 +193,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: expected a dict of tensors or of 'state_dict', got {type(loaded).__name__}")
-    return loaded if isinstance(loaded.get("state_dict"), dict) else {"state_dict": loaded}
+    contents = loaded if isinstance(loaded.get("state_dict"), dict) else {"state_dict": loaded}
+    # open_clip's attention masks are −∞ by design; they are not loaded.
+    weights = {key: value for key, value in contents["state_dict"].items() if not str(key).endswith(COMPUTED_BUFFERS)}
+    problem = unusable_tensor(weights) if verify else None
+    if problem:
+        raise CheckpointError(f"{path}: cannot be used, {problem}; take another checkpoint")
+    return contents
+
+
+def _is_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def published_names(state_dict: Mapping[str, Tensor], model_keys: set[str]) -> tuple[dict[str, Tensor], list[str]]:
@@ -187,12 +215,17 @@ def published_names(state_dict: Mapping[str, Tensor], model_keys: set[str]) -> t
     """
     renamed: dict[str, Tensor] = {}
     skipped: list[str] = []
+    old_projections = [key for key in state_dict if key.endswith("image_post.proj")]
+    has_both = bool(old_projections) and any(key.endswith("image_post2.proj") for key in state_dict)
     for key, value in state_dict.items():
+        if has_both and key in old_projections:
+            skipped.append(f"{key} (not in use: image_post2.proj is)")
+            continue
         name = key
         while name.startswith(("module.", "_orig_mod.")):
             name = name.partition(".")[2]
         if name not in model_keys:
-            if name.endswith(("embeddings.position_ids", "attn_mask")):
+            if name.endswith(COMPUTED_BUFFERS):
                 skipped.append(f"{key} (a buffer this version computes)")
                 continue
             if name == "image_post2.proj":

@@ -5,6 +5,7 @@ It is raised anywhere, crosses loader workers unchanged, and is reported here an
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +17,23 @@ EXIT_WRONG_FILE = 1
 EXIT_WRONG_FLAG = 2
 """Exit status when a flag, a value or a combination of flags cannot be."""
 
+EXIT_NO_SPACE = 74
+"""Exit status when the disk is full, or would be before the end (sysexits.h: EX_IOERR)."""
+
+EXIT_STOPPED = 75
+"""Exit status of a training run that a signal stopped: `--resume latest` goes on (sysexits.h: EX_TEMPFAIL)."""
+
 
 class UserError(ValueError):
     """Something the user can mend; the message is the whole report.
 
+    `exit_code` is the exit status of a command that ends with it.
+
     A loader worker's error arrives in the training process as a new object of the same class, made of the worker's
     trace: the constructor brings that back to the one sentence, so that nobody else has to.
     """
+
+    exit_code = EXIT_WRONG_FILE
 
     def __init__(self, message: object = "") -> None:
         super().__init__(_sentence_of(str(message), type(self).__name__))
@@ -30,6 +41,12 @@ class UserError(ValueError):
 
 class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that is not there."""
+
+
+class NoSpaceError(UserError):
+    """A disk that is full, or too small for what will be written."""
+
+    exit_code = EXIT_NO_SPACE
 
 
 def _sentence_of(message: str, class_name: str) -> str:
@@ -41,26 +58,29 @@ def _sentence_of(message: str, class_name: str) -> str:
 
 @contextmanager
 def reported_errors(prog: str | None = None) -> Iterator[None]:
-    """Turn errors a user can mend into one line on standard error and exit status 1; others keep their trace.
+    """Turn errors a user can mend into one line on standard error and an exit status; others keep their trace.
 
     Those are `UserError`s, files that cannot be opened or written, and, on several ranks, connections that broke
-    because another rank failed: its message is the one to read.
+    because another rank failed: its message is the one to read. The exit status is the error's own, mostly 1.
     """
     try:
         yield
     except UserError as error:
-        _end(prog, str(error))
+        _end(prog, str(error), error.exit_code)
     except OSError as error:
         if error.filename is None:
             raise
-        _end(prog, f"{error.filename}: {error.strerror}")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        _end(prog, f"{error.filename}: {error.strerror}", EXIT_NO_SPACE if full else EXIT_WRONG_FILE)
     except RuntimeError as error:
-        if "by peer" not in str(error):
+        if "by peer" in str(error):
+            print("another process of this run failed; see its message", file=sys.stderr)
+            raise SystemExit(EXIT_WRONG_FILE) from None
+        if "Timed out waiting" not in str(error):
             raise
-        print("another process of this run failed; see its message", file=sys.stderr)
-        raise SystemExit(EXIT_WRONG_FILE) from None
+        _end(prog, "the other processes gave no sign for --dist-timeout minutes; see what they or their machines say")
 
 
-def _end(prog: str | None, message: str) -> None:
+def _end(prog: str | None, message: str, exit_code: int = EXIT_WRONG_FILE) -> None:
     print(f"{prog or Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(EXIT_WRONG_FILE) from None
+    raise SystemExit(exit_code) from None

@@ -6,11 +6,15 @@ repeated key mean the same everywhere; every file of ours is written here.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +27,12 @@ from itemizedclip.runtime.errors import MissingFileError, UserError
 
 PART_SUFFIX = ".part"
 """Ending of a file that is being written; one that stays behind belongs to a killed process."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when a disk, a quota or a limit (ulimit -f) is used up."""
+
+LEFTOVER_S = 24 * 3600.0
+"""Age in seconds at which a file that is still being written is taken for one of a killed process."""
 
 
 @contextmanager
@@ -44,6 +54,10 @@ def replacing(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
         if durable:
             _sync(part)
         os.replace(part, path)
+    except OSError as error:
+        if error.errno in DISK_FULL and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
     if durable and os.name == "posix":
@@ -105,6 +119,47 @@ def check_writable(folder: str | Path, flag: str) -> Path:
     if not writable:
         raise UserError(f"{folder}: results cannot be written there ({reason}); give another folder with {flag}")
     return folder
+
+
+def remove_leftovers(folder: str | Path) -> list[Path]:
+    """Remove what killed writers left behind in a folder; returns what was removed.
+
+    Those are files being written whose writer ran on this machine and is gone, and any that nobody has touched for
+    `LEFTOVER_S`.
+    """
+    removed = []
+    for path in Path(folder).glob(".*"):
+        if path.is_file() and _is_leftover(path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+def _is_leftover(path: Path) -> bool:
+    part = re.fullmatch(r"(?P<before>\..+)\.(?P<pid>\d+)\.[0-9a-f]{8}" + re.escape(PART_SUFFIX), path.name)
+    # Versions before 0.2 named the writer's process alone.
+    old = re.fullmatch(r"\..+\.(?P<pid>\d+)\.tmp", path.name)
+    claim = re.fullmatch(r"\.claim\.[0-9a-f]{32}.*", path.name)
+    try:
+        age_s = time.time() - path.stat().st_mtime
+    except OSError:
+        return False
+    if part and part["before"].endswith("." + socket.gethostname()):
+        return not _is_running(int(part["pid"])) or age_s > LEFTOVER_S
+    if old and not _is_running(int(old["pid"])):
+        return age_s > LEFTOVER_S / 24
+    return bool(part or old or claim) and age_s > LEFTOVER_S
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +14,8 @@ from typing import Any, TypeVar
 import tyro
 
 from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.logs import logging_to_console
+from itemizedclip.runtime.published_flags import without_published
 
 OptionsT = TypeVar("OptionsT")
 
@@ -23,6 +27,7 @@ def read_flags(
     prog: str | None,
     description: str | None,
     default: OptionsT | None = None,
+    published: bool = False,
 ) -> OptionsT:
     """Options from flags, which are the names of their fields with dashes, without the names of groups.
 
@@ -32,16 +37,23 @@ def read_flags(
         prog: name shown in messages.
         description: first lines of --help.
         default: what the flags override; the fields' own defaults when None.
+        published: take the published scripts' flags too, see `published_flags`.
 
     Raises:
         SystemExit: --help (0), or a flag, a value or a rule across fields that does not hold (2, after one message).
     """
     more: dict[str, Any] = {} if default is None else {"default": default}
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if published:
+        with logging_to_console(int(os.environ.get("RANK", 0))):
+            arguments = without_published(kind, arguments)
     try:
         with ending_quietly():
-            return tyro.cli(
-                kind, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,), **more
+            options = tyro.cli(
+                kind, args=arguments, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,), **more
             )
+            check_numbers(options)
+            return options
     except ValueError as error:  # tyro before 1.0 lets what a field's class raises through
         print(f"{prog or Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -60,6 +72,42 @@ def ending_quietly() -> Iterator[None]:
 
 
 # --- rules of fields -------------------------------------------------------------------------------------------------
+
+LARGEST = 2**63 - 1
+"""Of any whole number: PyTorch and NumPy hold no larger ones."""
+
+
+def check_numbers(options: Any, flag: str = "") -> None:
+    """Fail with a sentence when a number of options, however deep, is not finite or larger than 64 bits hold.
+
+    Raises:
+        UserError: names the flag and its value.
+    """
+    if dataclasses.is_dataclass(options):
+        for field in dataclasses.fields(options):
+            check_numbers(getattr(options, field.name), f"--{field.name.replace('_', '-')}")
+    elif isinstance(options, (list, tuple)):
+        for entry in options:
+            check_numbers(entry, flag)
+    elif isinstance(options, float):
+        check(math.isfinite(options), f"{flag} is {options}; expected a finite number")
+    elif isinstance(options, int):
+        check(abs(options) <= LARGEST, f"{flag} is {_shortened(options)}; expected a whole number of at most {LARGEST}")
+
+
+def _shortened(number: int) -> str:
+    # Python refuses to write numbers of thousands of digits.
+    return str(number) if number.bit_length() < 256 else f"a number of {number.bit_length()} bits"
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def max_processes() -> int:
+    """More loader processes, or threads, than this are a slip, and may end the process or the machine."""
+    return max(64, 16 * usable_cores())
 
 
 def check(holds: bool, message: str) -> None:
@@ -82,3 +130,16 @@ def at_least(owner: object, **minimum: float) -> None:
         value = getattr(owner, name)
         if value is not None:
             check(value >= lowest, f"--{name.replace('_', '-')} is {value}; expected at least {lowest}")
+
+
+def at_most(owner: object, **maximum: float) -> None:
+    """Fail with a sentence when a field of `owner` lies above its maximum; None is no value and passes.
+
+    Raises:
+        UserError: names the flag, its value and the maximum.
+    """
+    for name, highest in maximum.items():
+        value = getattr(owner, name)
+        if value is not None:
+            shown = _shortened(value) if isinstance(value, int) else value
+            check(value <= highest, f"--{name.replace('_', '-')} is {shown}; expected at most {highest}")

@@ -9,9 +9,10 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import lru_cache
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 from rich.console import Console
@@ -88,11 +89,28 @@ class _Formatter(logging.Formatter):
         return super().format(marked)
 
 
+class _LogFile(WatchedFileHandler):
+    """A log file that is made again when somebody removed it; what cannot be written is on standard error only."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk is reported by whoever writes checkpoints and metrics, once."""
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:
+            self.stream = None
+
+
 @contextmanager
 def logging_to_file(folder: Path) -> Iterator[None]:
     """Append the project's log, and the error that ends the block, to log.txt of the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler = _LogFile(folder / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     with _handling(handler):
         try:

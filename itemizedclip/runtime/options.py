@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from itemizedclip.runtime.flags import at_least
+from itemizedclip.runtime.flags import at_least, at_most, max_processes
 from itemizedclip.runtime.processes import DistributedSettings, check_device_name
 
 
@@ -46,8 +46,9 @@ class EvaluationOptions(CheckpointOptions):
     workers: int = 2
     """Processes that read images; 0: none besides this one."""
 
-    precision: Literal["fp32", "amp_bf16", "auto"] = "fp32"
-    """Of the towers; scores are always float32."""
+    precision: Literal["fp32", "amp", "amp_bf16", "auto"] = "auto"
+    """Of the towers; scores are float32. auto: bfloat16 where the device computes it (docs/training.md: what that does
+    to scores)."""
 
     on_bad_sample: Literal["skip", "stop"] = "stop"
     """An image that cannot be read is left out, named and counted, or ends the evaluation."""
@@ -60,3 +61,4 @@ class EvaluationOptions(CheckpointOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, batch_size=1, workers=0)
+        at_most(self, workers=max_processes())

@@ -6,29 +6,34 @@ else changes. `itemizedclip.runtime.collectives` holds what the processes tell e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from itemizedclip.runtime.collectives import broadcast_object, is_distributed, is_main
-from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.flags import at_least, check
+from itemizedclip.runtime.errors import EXIT_STOPPED, UserError
+from itemizedclip.runtime.flags import at_least, at_most, check, max_processes, usable_cores
 from itemizedclip.runtime.logs import logging_to_console
 
 T = TypeVar("T")
+
+MAX_TIMEOUT_MIN = 60 * 24 * 7
+"""A week."""
 
 GLOO_SETTLE_S = 0.2
 """Seconds between the last collective and the end of a gloo process group; see `leave_process_group`."""
@@ -63,6 +68,7 @@ class DistributedSettings:
 
     def __post_init__(self) -> None:
         at_least(self, threads=0)
+        at_most(self, threads=max_processes(), dist_timeout=MAX_TIMEOUT_MIN)
         check(self.dist_timeout > 0, f"--dist-timeout is {self.dist_timeout}; expected minutes, more than 0")
 
 
@@ -191,8 +197,7 @@ def _join(settings: DistributedSettings, device: torch.device) -> None:
 def _set_threads(threads: int, device: torch.device, local_world_size: int) -> None:
     """CPU threads of this process; torchrun's own default is 1, which leaves cores idle when training on CPUs."""
     if not threads and device.type == "cpu" and local_world_size > 1:
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, usable // local_world_size)
+        threads = max(1, usable_cores() // local_world_size)
     if threads:
         torch.set_num_threads(threads)
 
@@ -254,26 +259,148 @@ def main_first(function: Callable[[], T]) -> T:
     return made[0] if made else function()
 
 
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+)
+"""Pre-emption, Ctrl-C, Slurm's warning, a terminal that is gone: all ask a run to save and leave."""
+
+SAME_SIGNAL_S = 1.0
+"""Seconds in which a second signal is the first once more: `timeout`, Slurm and shells signal a process twice."""
+
+_NO_SIGNAL = 0
+
+
+class Stopped(SystemExit):
+    """The end of a run that a signal stopped: exit status 75, `--resume latest` goes on.
+
+    Attributes:
+        result: what the run had reached (a TrainResult), None before its first step.
+    """
+
+    def __init__(self, result: Any = None) -> None:
+        super().__init__(EXIT_STOPPED)
+        self.result = result
+
+
 class StopRequest:
-    """Whether a signal asked this process to save and leave: SIGTERM (pre-emption) or SIGUSR1 (Slurm's warning)."""
+    """Whether a signal asked this process to save and leave; a second one leaves at once, saved or not.
+
+    Attributes:
+        signal: name of the signal, None as long as there was none.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self._may_leave = 0
+        self._owner = os.getpid()
 
     @classmethod
     @contextmanager
     def listening(cls) -> Iterator[StopRequest]:
-        """Catch both signals inside the block; outside the main thread, where Python allows no handlers, never set."""
+        """Catch the signals inside the block; outside the main thread, where Python allows no handlers, never set."""
         request = cls()
-
-        def note(number: int, frame: object) -> None:
-            request.signal = signal.Signals(number).name
-
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGTERM, signal.SIGUSR1) if in_main_thread else ()
-        previous = {number: signal.signal(number, note) for number in numbers}
+        if threading.current_thread() is not threading.main_thread():
+            yield request
+            return
+        previous = {number: signal.signal(number, request._note) for number in STOP_SIGNALS if _is_heard(number)}
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        previous_end = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        watcher = threading.Thread(target=request._watch, args=(read_end,), name="signals", daemon=True)
+        watcher.start()
         try:
             yield request
         finally:
+            signal.set_wakeup_fd(previous_end)
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            # A byte, not the end of the pipe: forked loader workers hold its other end, too.
+            os.write(write_end, bytes([_NO_SIGNAL]))
+            watcher.join()
+            os.close(write_end)
+            os.close(read_end)
+
+    def _note(self, number: int, frame: object) -> None:
+        if os.getpid() != self._owner:
+            return  # a forked process, which its parent will end
+        if self.signal is None:
+            self.signal = signal.Signals(number).name
+        if self._may_leave:
+            raise Stopped
+
+    def _watch(self, read_end: int) -> None:
+        """Leave at the second signal, also when the main thread waits for another process and hears nothing."""
+        first: float | None = None
+        while (block := os.read(read_end, 64)) and _NO_SIGNAL not in block:
+            if not any(number in STOP_SIGNALS for number in block):
+                continue
+            if first is None:
+                first = time.monotonic()
+            elif time.monotonic() - first > SAME_SIGNAL_S:
+                print("a second signal: left at once; --resume latest goes on", file=sys.stderr, flush=True)
+                os._exit(EXIT_STOPPED)
+
+    @contextmanager
+    def leaving_at_once(self) -> Iterator[None]:
+        """Inside the block, where all is saved or nothing has begun, the first signal already leaves.
+
+        Raises:
+            Stopped: a signal came, here or before. An error that follows it, because the other processes of the run
+                leave too, is taken for the same.
+        """
+        if self.signal is not None:
+            raise Stopped
+        self._may_leave += 1
+        try:
+            yield
+        except Exception:
+            if self.signal is not None:
+                raise Stopped from None
+            raise
+        finally:
+            self._may_leave -= 1
+
+
+def _is_heard(number: int) -> bool:
+    """False for Ctrl-C and a lost terminal where nohup, or a shell's background, has them ignored."""
+    return (
+        number == signal.SIGTERM
+        or number == getattr(signal, "SIGUSR1", None)
+        or (signal.getsignal(number) != signal.SIG_IGN)
+    )
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Signals inside the block end the process with exit status 75 and without a trace: there is nothing to save."""
+    with StopRequest.listening() as request, request.leaving_at_once():
+        yield
+
+
+def shield_loader_worker(worker_id: int = 0) -> None:
+    """What a data loader's process does first: signals for the whole group are its parent's business.
+
+    Slurm and Ctrl-C signal every process of a run. A worker that left would take the step along that is to be saved.
+    The parent ends its workers itself: with a word, else with SIGTERM, whose second one is obeyed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    signal.set_wakeup_fd(-1)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def end_at_the_second(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, end_at_the_second)
+
+
+def _forget_wakeup() -> None:
+    # A forked process would tell its parent's watcher of its own signals.
+    if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_wakeup)

@@ -1,30 +1,116 @@
-"""torchrun that ends with one line instead of a trace when a process fails: that process has said why.
+"""torchrun that ends with one line instead of a trace, and lets its processes save before they leave.
 
     python -m itemizedclip.runtime.torchrun --standalone --nproc_per_node 2 -- script.py …
 
-The options are torchrun's own.
+The options are torchrun's own. torchrun itself ends at a signal, and kills its processes thirty seconds later, saved or
+not. Here it runs one process further down, out of reach of the terminal's signals; this process passes every signal on
+to the processes of the run, once, and waits for as long as they take.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+EXIT_STOPPED = 75  # as in itemizedclip.runtime.errors, without waiting for its imports
+EXIT_NO_SPACE = 74
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run to the end; the exit status of the process that failed first, 128 + n for one that signal n ended."""
+def run_agent(argv: Sequence[str] | None) -> int:
+    """torchrun to its end; the exit status that tells most, 128 + n for a process that signal n ended."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
     try:
         torchrun(None if argv is None else list(argv))
+    except SignalException as error:  # the parent has gone, or there was no process yet to pass a signal on to
+        return 128 + int(error.sigval)
     except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        # The others may have failed because this one left.
+        for telling in (EXIT_NO_SPACE, EXIT_STOPPED):
+            if telling in codes.values():
+                return telling
         rank, failure = error.get_first_failure()
         code = failure.exitcode
-        how = f"exit status {code}" if code >= 0 else f"signal {-code}"
+        how = f"exit status {code}" if code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
         print(f"the process of rank {rank} ended with {how}; its message stands above", file=sys.stderr)
         return code if code >= 0 else 128 - code
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start the processes and wait for them."""
+    # Signals that come before all is set up wait.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    own = os.getpid()
+    agent = os.fork()
+    if agent == 0:
+        _become_agent(own)
+        os._exit(_exit_code(argv))
+    passed_on: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        passed_on.append(number)
+        # Before there is a process that could save, the agent itself may go.
+        for process in _children_of(agent) or [agent]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number if process != agent else signal.SIGTERM)
+
+    for number in SIGNALS:
+        # nohup, and shells that start a process in the background, have these ignored.
+        if number in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(number) == signal.SIG_IGN:
+            continue
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    code = os.waitstatus_to_exitcode(os.waitpid(agent, 0)[1])
+    code = code if code >= 0 else 128 - code
+    # Ended by a signal before it listened: nothing to save, but stopped all the same.
+    return EXIT_STOPPED if passed_on and code - 128 in (*passed_on, signal.SIGTERM) else code
+
+
+def _become_agent(parent: int) -> None:
+    """In the child: a session of its own, which ends with its parent."""
+    os.setsid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(EXIT_STOPPED)
+    # scripts/slurm_task.sh ignores it until this program listens.
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _exit_code(argv: Sequence[str] | None) -> int:
+    try:
+        return run_agent(argv)
+    except SystemExit as error:  # torchrun's own flags
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _children_of(parent: int) -> list[int]:
+    """Processes that `parent` has started."""
+    try:
+        listed = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    except OSError:
+        listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False).stdout
+    return [int(pid) for pid in listed.split()]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -24,17 +25,18 @@ from itemizedclip.data.batch import ItemBatch, ItemSample
 from itemizedclip.data.preflight import check_dataset, duplicate_warning
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import transform_spec
-from itemizedclip.runtime.collectives import all_reduce_max, all_reduce_sum, gather_objects
+from itemizedclip.runtime.claims import Claim
+from itemizedclip.runtime.collectives import all_reduce_max, all_reduce_sum, barrier, gather_objects
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.logs import duration, logging_to_file, standard_error
-from itemizedclip.runtime.processes import Ranks, StopRequest, on_main, seed_step
-from itemizedclip.training.checkpoint import find_resume
-from itemizedclip.training.loading import BatchSource, MapSource, StepBatch
+from itemizedclip.runtime.processes import Ranks, SetupError, Stopped, StopRequest, on_main, seed_step
+from itemizedclip.training.folder import check_space, opened_folder
+from itemizedclip.training.loading import BatchSource, MapSource, StepBatch, worker_failure
 from itemizedclip.training.optimizer import set_lr
 from itemizedclip.training.options import RunOptions, options_to_dict
-from itemizedclip.training.resume import restore, save_epoch, save_latest
+from itemizedclip.training.resume import is_due, restore, save_epoch, save_latest, state_bytes
 from itemizedclip.training.run import Evaluator, Run, TrainResult, build, check_gradients, launch_run, start_from
-from itemizedclip.training.tracking import ProgressView, Tracker, check_trackers, choose_run_folder
+from itemizedclip.training.tracking import ProgressView, Tracker, check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +76,9 @@ def train(
         ranks: from an enclosing `launch_run(options)`; without it `train` makes its own.
 
     Raises:
-        SetupError, PreflightError, CheckpointError, TrackingError, BadSampleError, NonFiniteError: each one sentence
-            with its remedy (see `reported_errors`).
+        SetupError, PreflightError, CheckpointError, TrackingError, ClaimedError, NoSpaceError, BadSampleError,
+            LoaderError, NonFiniteError: each one sentence with its remedy (see `reported_errors`).
+        Stopped: a signal ended the run; it is saved, and the process ends with exit status 75.
     """
     if ranks is None:
         with launch_run(options) as own_ranks:
@@ -85,26 +88,32 @@ def train(
             )  # fmt: skip
     check_trackers(options.logging)
     settings = options.run
-    resumed_from = None
-    if settings.resume is not None:
-        arguments = (settings.resume, settings.logs, settings.name)
-        resumed_from = on_main(lambda: find_resume(*arguments, recipe=settings.recipe))
     if source is None:
         source = _map_source(options, dataset, collator, ranks)
-    folder = on_main(lambda: choose_run_folder(settings, resumed_from))
     with ExitStack() as stack:
+        claims: list[Claim | None] = [None]
+
+        def open_folder() -> tuple[Path, Path | None]:
+            opened = stack.enter_context(opened_folder(settings))
+            claims[0] = opened.claim
+            return opened.path, opened.resumed_from
+
+        folder, resumed_from = on_main(open_folder)
         if ranks.is_main:
             stack.enter_context(logging_to_file(folder))
         stop = stack.enter_context(StopRequest.listening())
         config = dict(model_config or model.config)
         spec = dict(transform) if transform is not None else _transform_of(config)
-        if resumed_from is None and options.model.pretrained is not None:
-            start_from(model, options.model.pretrained)
-        run = build(options, ranks, folder, model, source, evaluators, stop, spec, data_fingerprint)
-        if resumed_from is not None:
-            restore(run, resumed_from, config)
-        elif settings.resume is not None:
-            logger.info("--resume latest: no checkpoint yet, starting afresh")
+        with stop.leaving_at_once():
+            if resumed_from is None and options.model.pretrained is not None:
+                start_from(model, options.model.pretrained)
+            run = build(options, ranks, folder, model, source, evaluators, stop, spec, data_fingerprint)
+            run.claim = claims[0]
+            if resumed_from is not None:
+                restore(run, resumed_from, config)
+            elif settings.resume is not None:
+                logger.info("--resume latest: no checkpoint yet, starting afresh")
+            on_main(lambda: check_space(folder, state_bytes(run), is_resumed=resumed_from is not None))
         return _fit(run, config)
 
 
@@ -203,6 +212,7 @@ def _fit(run: Run, config: Mapping[str, Any]) -> TrainResult:
         run_id=run.run_id,
         start_step=first_step,
         start_samples=run.position.samples_seen,
+        evaluation_is_due=run.position.step_in_epoch == run.source.steps_per_epoch and _evaluates(run),
         tracking=run.tracking,
         enabled=run.ranks.is_main,
     )
@@ -217,20 +227,34 @@ def _fit(run: Run, config: Mapping[str, Any]) -> TrainResult:
             interrupted = train_epoch(run, tracker, progress)
             if not interrupted:
                 finish_epoch(run, tracker)
+    except Stopped as stopped:  # in an evaluation, before which the run was saved
+        stopped.result = _result(run, started, interrupted=True)
+        logger.warning("%s: stopped in an evaluation; --resume latest goes on with it", run.stop.signal)
+        raise
+    except RuntimeError as error:
+        failure = worker_failure(error, run.source)
+        if failure is None:
+            raise
+        raise failure from error
     finally:
         progress.close()
         tracker.close()
-    result = TrainResult(
+    result = _result(run, started, interrupted=interrupted)
+    _summarise(run, result, run.position.step - first_step)
+    if interrupted:
+        raise Stopped(result)
+    return result
+
+
+def _result(run: Run, started: float, *, interrupted: bool) -> TrainResult:
+    return TrainResult(
         run.folder, run.last_checkpoint, run.position.step, run.position.epoch, run.metrics, run.losses,
         perf_counter() - started, interrupted,
     )  # fmt: skip
-    _summarise(run, result, run.position.step - first_step)
-    return result
 
 
 def train_epoch(run: Run, tracker: Tracker, progress: ProgressView) -> bool:
     """The rest of the present epoch; whether a signal stopped it (the run is then saved)."""
-    every = run.options.run.save_every_steps
     run.module.train()
     run.meter.reset()
     for loaded in run.source.epoch(run.position.epoch, run.position.step_in_epoch):
@@ -242,23 +266,35 @@ def train_epoch(run: Run, tracker: Tracker, progress: ProgressView) -> bool:
         _record(run, tracker, progress, outputs, norm)
         if stop:
             save_latest(run)
+            # The first process to leave takes the others along: not before it is saved.
+            barrier()
             logger.warning("%s: saved and stopped; --resume latest goes on", run.stop.signal or "a signal elsewhere")
             return True
-        if every and run.position.step % every == 0:
+        if is_due(run) or tracker.was_removed:
             save_latest(run)
+            tracker.was_removed = False
+        tracker.last_checkpoint = run.last_checkpoint
     return False
 
 
 def finish_epoch(run: Run, tracker: Tracker) -> None:
     """Evaluate when due, move to the next epoch, save."""
-    every = run.options.run.val_frequency
-    if run.evaluators and every and ((run.position.epoch + 1) % every == 0 or run.is_last_epoch):
+    evaluates = _evaluates(run)
+    if evaluates:
         # An evaluation that fails or is killed then costs no training.
         save_latest(run)
-        evaluate(run, tracker)
+        barrier()
+        with run.stop.leaving_at_once():
+            evaluate(run, tracker)
     run.position.epoch += 1
     run.position.step_in_epoch = 0
-    save_epoch(run)
+    save_epoch(run, evaluated=evaluates)
+
+
+def _evaluates(run: Run) -> bool:
+    """Whether the present epoch ends with an evaluation."""
+    every = run.options.run.val_frequency
+    return bool(run.evaluators and every and ((run.position.epoch + 1) % every == 0 or run.is_last_epoch))
 
 
 def evaluate(run: Run, tracker: Tracker) -> None:
@@ -275,9 +311,18 @@ def evaluate(run: Run, tracker: Tracker) -> None:
     where = run.position
     seconds = perf_counter() - started
     place = {"epoch": where.epoch + 1, "samples": where.samples_seen}
+    _check_keep_best(run)
     tracker.log("eval", where.step, {**place, **results, "eval_s": seconds})
     shown = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
     logger.info("epoch %d evaluation (%.1f s)  %s", where.epoch + 1, seconds, shown)
+
+
+def _check_keep_best(run: Run) -> None:
+    measure = run.options.run.keep_best.partition(":")[0]
+    if measure and measure not in run.metrics:
+        raise SetupError(
+            f"--keep-best names {measure}; this run measures {', '.join(run.metrics)}: choose one of those"
+        )
 
 
 def _advance(run: Run, loaded: StepBatch) -> None:

@@ -5,6 +5,7 @@ Axes: B images of one step on this rank.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -15,7 +16,15 @@ from torch.utils.data import DataLoader
 
 from itemizedclip.data.batch import BadSampleError, ItemBatch, ItemSample
 from itemizedclip.data.sampler import CheckedCollator, CheckedDataset, EpochSampler, LoadedBatch
-from itemizedclip.runtime.processes import Ranks
+from itemizedclip.data.workers import (
+    LoaderError,
+    RoomyCollator,
+    WatchedDataset,
+    WorkerWatch,
+    kill_loader_processes,
+    unpacked,
+)
+from itemizedclip.runtime.processes import Ranks, shield_loader_worker
 from itemizedclip.training.options import LoadingSettings
 
 
@@ -76,12 +85,16 @@ class MapSource:
             len(dataset), batch_size=settings.step_batch, rank=ranks.rank, world_size=ranks.world_size, seed=seed
         )
         self.steps_per_epoch = self.sampler.steps_per_epoch
+        self.settings = settings
+        self.watch = WorkerWatch(settings.workers, getattr(dataset, "name", None))
         self.loader = DataLoader(
-            CheckedDataset(dataset, seed=seed, on_bad_sample=settings.on_bad_sample),
+            WatchedDataset(CheckedDataset(dataset, seed=seed, on_bad_sample=settings.on_bad_sample), self.watch),
             batch_size=settings.batch_size,
             sampler=self.sampler,
             num_workers=settings.workers,
-            collate_fn=CheckedCollator(collator),
+            collate_fn=RoomyCollator(CheckedCollator(collator), self.watch),
+            worker_init_fn=shield_loader_worker,
+            timeout=60 * settings.loader_timeout if settings.workers else 0,
             persistent_workers=settings.workers > 0,
             # A step takes several loads at once: together the workers have at least so many ready.
             prefetch_factor=max(2, -(-self.loads_per_step // settings.workers)) if settings.workers else None,
@@ -103,9 +116,37 @@ class MapSource:
             yield StepBatch(batch, wait_s, [message for load in loaded for message in load.skipped])
 
 
-def _next(loads: Iterator[LoadedBatch]) -> LoadedBatch:
+def _next(loads: Iterator[Any]) -> LoadedBatch:
     """The next loaded batch; a worker's report of a bad sample is brought back to its one sentence."""
     try:
-        return next(loads)
+        return unpacked(next(loads))
     except BadSampleError as error:
         raise BadSampleError(str(error).strip().rpartition("BadSampleError: ")[2]) from None
+
+
+def worker_failure(error: RuntimeError, source: BatchSource) -> LoaderError | None:
+    """One sentence where PyTorch reports that a loader process ended or gave nothing; None for other errors.
+
+    PyTorch may report a process that ended in the middle of anything else.
+    """
+    message = str(error)
+    if not isinstance(source, MapSource) or "DataLoader" not in message:
+        return None
+    workers, minutes = source.settings.workers, source.settings.loader_timeout
+    if "timed out" in message:
+        told = source.watch.describe()
+        kill_loader_processes()
+        return LoaderError(
+            f"no batch for {minutes:g} minutes (--loader-timeout): {told}. Look at that sample and its disk; where "
+            "loading takes so long, raise --loader-timeout"
+        )
+    if "DataLoader worker" not in message:
+        return None
+    told = source.watch.describe([int(pid) for pid in re.findall(r"\d+", message.partition(")")[0])])
+    killed = re.search(r"killed by signal: ([^.]+)\.", message)
+    how = f"was ended by a signal ({killed[1].strip()})" if killed else "ended unexpectedly"
+    kill_loader_processes()
+    return LoaderError(
+        f"one of {workers} loader processes {how}: {told}. Mostly the machine's memory was used up (see dmesg): lower "
+        "--workers or --batch-size; else look at that sample. --resume latest goes on"
+    )

@@ -13,6 +13,7 @@ A recipe is a function that returns such options (`itemizedclip.training.recipes
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import create_model
 from itemizedclip.objectives.loss import ObjectiveOptions
 from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.flags import at_least, check
+from itemizedclip.runtime.flags import at_least, at_most, check, max_processes
 from itemizedclip.runtime.processes import DistributedSettings, check_device_name
 
 OptionsT = TypeVar("OptionsT", bound="RunOptions")
@@ -66,8 +67,27 @@ class RunSettings:
     val_frequency: int = 1
     """Evaluate every so many epochs and after the last; 0: never."""
 
+    save_every_minutes: float = 0.0
+    """Also write latest.pt whenever so many minutes have passed since the last checkpoint; 0: never."""
+
+    keep_last: int = 0
+    """Keep only the newest so many epoch_N.pt, and the best with --keep-best; 0: all."""
+
+    keep_best: str = ""
+    """Also keep the epoch_N.pt with the highest value of this measure, such as toy/sum; with :min behind it, lowest."""
+
     def __post_init__(self) -> None:
-        at_least(self, seed=0, save_frequency=1, save_every_steps=0, val_frequency=0)
+        at_least(self, seed=0, save_frequency=1, save_every_steps=0, val_frequency=0, save_every_minutes=0, keep_last=0)
+        at_most(self, seed=2**63 - 1)
+        check(
+            not self.keep_best or re.fullmatch(r"[^:]+/[^:]+(:(min|max))?", self.keep_best) is not None,
+            f"--keep-best is {self.keep_best!r}; expected evaluator/measure, such as val/text_to_image_R@1, and :min "
+            "behind it where lower is better",
+        )
+        check(
+            not (self.keep_best and not self.val_frequency),
+            "--keep-best needs evaluations; drop --val-frequency 0, or --keep-best",
+        )
         plain = not set(self.name) & {"/", "\\"} and not self.name.startswith(".")
         check(plain, f"--name is {self.name!r}; expected a plain folder name; its parent is --logs")
         check_device_name(self.device)
@@ -89,6 +109,9 @@ class ModelSettings:
     lock_text: bool = False
     """Freeze the text tower."""
 
+    lock_text_freeze_layer_norm: bool = True
+    """With --lock-text: its LayerNorms too, and no dropout; the published chest CT run freezes neither."""
+
     grad_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass: less memory, about a third more time."""
 
@@ -96,7 +119,8 @@ class ModelSettings:
     """Compile the towers (minutes at the start, faster steps)."""
 
     precision: Literal["auto", "amp", "amp_bf16", "bf16", "fp32"] = "auto"
-    """amp: float16, scaled loss; bf16: amp_bf16 with bfloat16 towers; auto: amp_bf16, amp on old GPUs, fp32 on CPUs."""
+    """amp: float16, scaled loss; bf16: amp_bf16 with bfloat16 towers; auto: amp_bf16 where the device computes
+    bfloat16, else amp on GPUs and fp32 on CPUs."""
 
     def __post_init__(self) -> None:
         check(
@@ -166,6 +190,10 @@ class OptimizerSettings:
         check(clip is None or clip > 0, f"--grad-clip-norm is {clip}; expected a positive norm or None")
 
 
+MAX_ITEMS = 4096
+"""Item slots per image, far above what any data set has."""
+
+
 @dataclass(frozen=True)
 class LoadingSettings:
     """Batches and the processes that load them."""
@@ -191,8 +219,17 @@ class LoadingSettings:
     max_bad_fraction: float = 0.01
     """With --on-bad-sample skip: stop when more than this share of a process's samples of one epoch is bad."""
 
+    loader_timeout: float = 20.0
+    """Minutes without a batch after which the run ends, naming the samples the loader processes are at; 0: never."""
+
     def __post_init__(self) -> None:
-        at_least(self, batch_size=1, accum_batch=1, accum_freq=1, num_sampled_captions=1, workers=0)
+        at_least(
+            self, batch_size=1, accum_batch=1, accum_freq=1, num_sampled_captions=1, workers=0, loader_timeout=0
+        )  # fmt: skip
+        at_most(
+            self, num_sampled_captions=MAX_ITEMS, batch_size=2**24, accum_batch=2**16, accum_freq=2**16,
+            workers=max_processes(),
+        )  # fmt: skip
         fraction = self.max_bad_fraction
         check(0 <= fraction <= 1, f"--max-bad-fraction is {fraction}; expected a share in [0, 1]")
 

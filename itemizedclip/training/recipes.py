@@ -206,7 +206,7 @@ def parse_recipe(
         _exit_with(prog, str(error))
     base = dataclasses.replace(base, run=dataclasses.replace(base.run, recipe=name))
     description = f"{inspect.getdoc(make) or ''}\n\nThe defaults below are those of the recipe {name}."
-    return read_flags(type(base), argv, prog=prog, description=description, default=base)
+    return read_flags(type(base), argv, prog=prog, description=description, default=base, published=True)
 
 
 def parse_run(
@@ -243,7 +243,7 @@ def parse_run(
         f"  {key}: {(inspect.getdoc(make) or '').partition(chr(10))[0]}" for key, make in recipes.items()
     )
     shown = f"{description or ''}\n\nRecipes (--recipe NAME; defaults below are those of {name}):\n{listed}"
-    return read_flags(type(base), arguments, prog=prog, description=shown, default=base)
+    return read_flags(type(base), arguments, prog=prog, description=shown, default=base, published=True)
 
 
 def train_door(

@@ -5,16 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
+
+import torch
 
 from itemizedclip.models.factory import CheckpointError
 from itemizedclip.training import checkpoint as checkpoints
 from itemizedclip.training.checkpoint import Checkpoint
+from itemizedclip.training.folder import explain_failed_write
 from itemizedclip.training.options import options_to_dict
 from itemizedclip.training.run import Position, Run
 
 logger = logging.getLogger(__name__)
+
+
+def plain_options(run: Run) -> dict[str, Any]:
+    """The options as checkpoints keep them: --precision auto as what it became, which on another machine may differ."""
+    options = options_to_dict(run.options)
+    return {**options, "model": {**options["model"], "precision": run.precision.name}}
 
 
 def restore(run: Run, path: Path, config: Mapping[str, Any]) -> None:
@@ -23,14 +32,22 @@ def restore(run: Run, path: Path, config: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: another model, or another set of trained parameters.
     """
-    saved = checkpoints.load_checkpoint(path)
+    # Verified by `find_resume`, on the main rank.
+    saved = checkpoints.load_checkpoint(path, verify=False)
     checkpoints.check_same_model(saved, config, path)
-    run.model.load_state_dict(saved.state_dict)
+    try:
+        run.model.load_state_dict(saved.state_dict)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise CheckpointError(
+            f"{path}: its weights do not fit the model it names ({first}); take another one"
+        ) from error
     # Settings come from this run's options, not from the checkpoint: only the moments are taken over.
     settings = [{key: value for key, value in group.items() if key != "params"} for group in run.optimizer.param_groups]
     try:
         run.optimizer.load_state_dict(saved.optimizer)
-    except ValueError as error:
+        _check_moments(run.optimizer)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: its optimizer trained another set of parameters ({error}); give the same --lock-* flags and term "
             f"weights, or start a new run from its weights with --pretrained {path}"
@@ -40,6 +57,7 @@ def restore(run: Run, path: Path, config: Mapping[str, Any]) -> None:
     if saved.scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(saved.scaler)
     run.position = _reposition(run, saved)
+    run.saved_at = monotonic()
     run.metrics = dict(saved.metrics)
     if path.resolve().is_relative_to(run.folder.resolve()):
         # The same run goes on; in another folder it is a new one that starts from there.
@@ -47,17 +65,25 @@ def restore(run: Run, path: Path, config: Mapping[str, Any]) -> None:
     run.last_checkpoint = path
     for change in checkpoints.describe_changes(
         saved,
-        options_to_dict(run.options),
+        plain_options(run),
         total_steps=run.total_steps,
         data_fingerprint=run.data_fingerprint,
         world_size=run.ranks.world_size,
     ):
         logger.warning("changed since %s: %s", path.name, change)
     if run.ranks.is_main:
-        for moved in checkpoints.set_aside_later(run.folder, path, saved.step):
+        for moved in checkpoints.set_aside_later(run.folder, path, saved.step, saved.epoch):
             logger.info("moved the later checkpoint %s to %s", moved.name, moved.parent)
     where = run.position
     logger.info("resumed from %s at step %d, in epoch %d", path, where.step, where.epoch + 1)
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """The moments of a parameter are of its shape; PyTorch would find out in the first step."""
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(state[name].shape)} for a parameter {tuple(parameter.shape)}")
 
 
 def _reposition(run: Run, saved: Checkpoint) -> Position:
@@ -80,33 +106,55 @@ def _reposition(run: Run, saved: Checkpoint) -> Position:
 
 
 def save(run: Run, path: Path) -> None:
-    """Write the run's state, on the main rank."""
-    run.last_checkpoint = path
+    """Write the run's state, on the main rank.
+
+    Raises:
+        NoSpaceError: the disk is full; names the last good checkpoint.
+        ClaimedError: the run folder belongs to another run now.
+    """
     if not run.ranks.is_main:
+        run.last_checkpoint = path
         return
+    if run.claim is not None and not run.claim.check():
+        run.claim.renew()
+        logger.warning("%s: was removed while the run is at work; made again, what it held is lost", run.folder)
+        run.last_checkpoint = None
     started, where = perf_counter(), run.position
-    checkpoints.save_checkpoint(
-        Checkpoint(
-            state_dict=run.model.state_dict(),
-            optimizer=run.optimizer.state_dict(),
-            scaler=run.scaler.state_dict() if run.scaler.is_enabled() else None,
-            step=where.step,
-            epoch=where.epoch,
-            step_in_epoch=where.step_in_epoch,
-            samples_seen=where.samples_seen,
-            total_steps=run.total_steps,
-            run_id=run.run_id,
-            options=options_to_dict(run.options),
-            model_config=dict(run.model.config),
-            transform=run.transform,
-            data_fingerprint=run.data_fingerprint,
-            world_size=run.ranks.world_size,
-            metrics=dict(run.metrics),
-            tracking=dict(run.tracking),
-        ),
-        path,
-    )
+    try:
+        checkpoints.save_checkpoint(_state(run), path)
+    except OSError as error:
+        raise explain_failed_write(error, path, run.last_checkpoint, state_bytes(run)) from error
+    run.last_checkpoint, run.saved_at = path, monotonic()
     logger.info("saved %s at step %d (%.1f s)", path, where.step, perf_counter() - started)
+
+
+def _state(run: Run) -> Checkpoint:
+    where = run.position
+    return Checkpoint(
+        state_dict=run.model.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        scaler=run.scaler.state_dict() if run.scaler.is_enabled() else None,
+        step=where.step,
+        epoch=where.epoch,
+        step_in_epoch=where.step_in_epoch,
+        samples_seen=where.samples_seen,
+        total_steps=run.total_steps,
+        run_id=run.run_id,
+        options=plain_options(run),
+        model_config=dict(run.model.config),
+        transform=run.transform,
+        data_fingerprint=run.data_fingerprint,
+        world_size=run.ranks.world_size,
+        metrics=dict(run.metrics),
+        tracking=dict(run.tracking),
+    )
+
+
+def state_bytes(run: Run) -> int:
+    """What a checkpoint of this run takes on disk: the weights, and two moments of what is trained."""
+    weights = sum(value.numel() * value.element_size() for value in run.model.state_dict().values())
+    trained = sum(p.numel() * p.element_size() for p in run.model.parameters() if p.requires_grad)
+    return weights + 2 * trained + 2**16
 
 
 def save_latest(run: Run) -> None:
@@ -114,15 +162,41 @@ def save_latest(run: Run) -> None:
     save(run, checkpoints.latest_path(run.folder))
 
 
-def save_epoch(run: Run) -> None:
-    """After an epoch: epoch_N.pt when one is due, which makes latest.pt needless; else latest.pt."""
+def is_due(run: Run) -> bool:
+    """Whether --save-every-steps or, by this rank's clock, --save-every-minutes asks for a checkpoint now."""
+    settings = run.options.run
+    if settings.save_every_steps and run.position.step % settings.save_every_steps == 0:
+        return True
+    return bool(settings.save_every_minutes) and monotonic() - run.saved_at >= 60 * settings.save_every_minutes
+
+
+def save_epoch(run: Run, *, evaluated: bool) -> None:
+    """After an epoch: epoch_N.pt when one is due or is the best yet, which makes latest.pt needless; else latest.pt.
+
+    Args:
+        run: the run, moved on to the next epoch.
+        evaluated: whether `run.metrics` is of the weights as they are now.
+    """
     done, settings = run.position.epoch, run.options.run
-    if done % settings.save_frequency and done < run.options.optimizer.epochs:
+    due = done % settings.save_frequency == 0 or done >= run.options.optimizer.epochs
+    if not due and not (evaluated and _is_best(run)):
         return save_latest(run)
     path = checkpoints.epoch_path(run.folder, done)
     save(run, path)
     if run.ranks.is_main:
         checkpoints.latest_path(run.folder).unlink(missing_ok=True)
-        if settings.delete_previous_checkpoint:
-            checkpoints.keep_only(run.folder, path)
+        checkpoints.prune(
+            run.folder, 1 if settings.delete_previous_checkpoint else settings.keep_last, settings.keep_best
+        )
     return None
+
+
+def _is_best(run: Run) -> bool:
+    """Whether the run's newest evaluation beats those of all epoch files; on the main rank, which has the files."""
+    keep_best = run.options.run.keep_best
+    if not keep_best or not run.ranks.is_main:
+        return False
+    measure, _, direction = keep_best.partition(":")
+    best = checkpoints.best_checkpoint(run.folder, keep_best)
+    value = run.metrics[measure]
+    return best is None or (value < best[1] if direction == "min" else value > best[1])

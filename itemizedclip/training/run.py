@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from itemizedclip.data.sampler import BadSampleCounter
 from itemizedclip.evaluation.evaluator import Evaluator as Evaluator
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import load_weights, read_checkpoint
+from itemizedclip.runtime.claims import Claim
 from itemizedclip.runtime.collectives import gather_objects
 from itemizedclip.runtime.precision import Precision, resolve_precision
-from itemizedclip.runtime.processes import Ranks, SetupError, StopRequest, launch, on_main
+from itemizedclip.runtime.processes import Ranks, SetupError, StopRequest, launch, leaving_at_once, on_main
 from itemizedclip.training.checkpoint import new_run_id
 from itemizedclip.training.loading import BatchSource
 from itemizedclip.training.optimizer import create_optimizer, create_schedule
@@ -34,9 +35,14 @@ from itemizedclip.training.task import ItemizedTask
 logger = logging.getLogger(__name__)
 
 
-def launch_run(options: RunOptions) -> AbstractContextManager[Ranks]:
-    """`launch` with the device, seed and processes that a run's options ask for."""
-    return launch(options.run.device, options.distributed, seed=options.run.seed)
+@contextmanager
+def launch_run(options: RunOptions) -> Iterator[Ranks]:
+    """`launch` with the device, seed and processes that a run's options ask for.
+
+    As long as there is nothing to save, signals end the process with exit status 75.
+    """
+    with leaving_at_once(), launch(options.run.device, options.distributed, seed=options.run.seed) as ranks:
+        yield ranks
 
 
 @dataclass
@@ -51,7 +57,7 @@ class TrainResult:
         metrics: newest evaluation, "evaluator/measure" → value.
         losses: loss and terms of the last logged step.
         seconds: of this process, resumed parts not included.
-        interrupted: a signal ended the run early; --resume latest goes on.
+        interrupted: a signal ended the run early; --resume latest goes on. Such a result comes with `Stopped` alone.
     """
 
     folder: Path
@@ -116,6 +122,8 @@ class Run:
     skip_messages: list[str] = field(default_factory=list)
     gradients_checked: bool = False
     last_checkpoint: Path | None = None
+    claim: Claim | None = None
+    saved_at: float = field(default_factory=monotonic)
 
     @property
     def model(self) -> DualEncoder:
@@ -147,12 +155,16 @@ def build(
     steps = gather_objects(source.steps_per_epoch)
     if len(set(steps)) > 1:
         raise SetupError(f"the ranks have different numbers of steps per epoch, {steps}; give every rank the same")
+    best = options.run.keep_best
+    if best and best.partition("/")[0] not in [evaluator.name for evaluator in evaluators]:
+        names = ", ".join(evaluator.name for evaluator in evaluators) or "none: give the run something to evaluate"
+        raise SetupError(f"--keep-best {best} names no evaluator of this run; there are: {names}")
     precision = resolve_precision(settings.precision, ranks.device)
-    if precision.notice:
-        logger.warning(precision.notice)
     model.to(ranks.device)
     cast_towers(model, precision)
-    model.lock(image=settings.lock_image, text=settings.lock_text)
+    model.lock(
+        image=settings.lock_image, text=settings.lock_text, freeze_layer_norm=settings.lock_text_freeze_layer_norm
+    )
     freeze_unused(model, options)
     model.set_grad_checkpointing(settings.grad_checkpointing)
     task = ItemizedTask(model, options.objective, num_chunks=options.loading.accum_freq).train()

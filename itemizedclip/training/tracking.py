@@ -6,6 +6,7 @@ the record, wandb and TensorBoard are copies whose failure never stops training.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import logging
@@ -13,51 +14,21 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
-from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.files import write_json, write_text
+from itemizedclip.runtime.files import parse_json, write_json, written_whole
 from itemizedclip.runtime.logs import duration
-from itemizedclip.training.checkpoint import newest_checkpoint
-from itemizedclip.training.options import LoggingSettings, RunSettings
+from itemizedclip.training.folder import TrackingError, explain_failed_write
+from itemizedclip.training.options import LoggingSettings
 
 logger = logging.getLogger(__name__)
 
 Values = Mapping[str, float | int | str]
-
-
-class TrackingError(UserError):
-    """The run cannot be recorded as asked: the message says what to do."""
-
-
-# --- the run folder --------------------------------------------------------------------------------------------------
-
-
-def choose_run_folder(settings: RunSettings, resumed_from: Path | None, now: datetime | None = None) -> Path:
-    """The folder of a run: --logs/--name, the folder of the resumed checkpoint, or --logs/recipe-date-time.
-
-    Raises:
-        TrackingError: a run of that name exists and is not being continued.
-    """
-    if not settings.name:
-        if resumed_from is not None and resumed_from.resolve().parent.name == "checkpoints":
-            return resumed_from.resolve().parent.parent
-        stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")
-        return settings.logs / f"{settings.recipe or 'run'}-{stamp}"
-    folder = settings.logs / settings.name
-    if resumed_from is None and (folder / "metrics.jsonl").is_file() and newest_checkpoint(folder):
-        raise TrackingError(
-            f"{folder}: a run of this name exists; continue it with --resume latest, or choose another --name"
-        )
-    if resumed_from is None and settings.resume is None and (folder / "metrics.jsonl").is_file():
-        logger.warning("%s: an earlier run of this name left no checkpoint; its log is replaced", folder)
-    return folder
 
 
 def write_params(folder: Path, params: Mapping[str, Any]) -> None:
@@ -65,23 +36,36 @@ def write_params(folder: Path, params: Mapping[str, Any]) -> None:
     write_json(folder / "params.json", params)
 
 
-def drop_lines_after(path: Path, samples: int) -> int:
-    """Remove lines of a metrics.jsonl beyond `samples`, and a line cut short by a kill; returns how many."""
+def drop_lines_after(path: Path, samples: int, *, evaluation_is_due: bool = False) -> int:
+    """Remove lines of a metrics.jsonl beyond `samples`, and those that are no lines of ours; returns how many.
+
+    The latter are lines cut short by a kill, bytes that are no text, numbers that are none.
+
+    Args:
+        path: the file; it may be missing.
+        samples: images seen at the point where the run goes on.
+        evaluation_is_due: the run goes on with the evaluation at that point: it will be recorded again.
+    """
     if not path.is_file():
         return 0
-    kept, dropped = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            keep = int(json.loads(line)["samples"]) <= samples
-        except (ValueError, KeyError, TypeError):
-            keep = False
-        if keep:
-            kept.append(line)
-        else:
-            dropped += 1
-    if dropped:
-        write_text(path, "".join(line + "\n" for line in kept))
-    return dropped
+    lines = path.read_bytes().splitlines()
+    kept = [line for line in lines if _belongs(line, samples, evaluation_is_due)]
+    if len(kept) < len(lines):
+        with written_whole(path) as file:
+            file.write(b"".join(line + b"\n" for line in kept))
+    return len(lines) - len(kept)
+
+
+def _belongs(line: bytes, samples: int, evaluation_is_due: bool) -> bool:
+    try:
+        values = parse_json(line.decode("utf-8"), source="metrics.jsonl", holding="a line of metrics")
+    except ValueError:
+        return False
+    if not isinstance(values, dict) or type(values.get("samples")) is not int:
+        return False
+    if values["samples"] == samples and values.get("kind") == "eval":
+        return not evaluation_is_due
+    return values["samples"] <= samples
 
 
 # --- outside trackers ------------------------------------------------------------------------------------------------
@@ -169,11 +153,14 @@ class Tracker:
         run_id: identity of the run.
         start_step: steps already taken.
         start_samples: images already seen; later lines of an earlier attempt are dropped, so the curve stays one.
+        evaluation_is_due: whether the run goes on with an evaluation, of which an earlier attempt may have a line.
         tracking: identities at outside trackers from the checkpoint, if resumed.
         enabled: whether this is the main rank.
 
     Attributes:
         tracking: identities at outside trackers, for the checkpoint.
+        last_checkpoint: named when the disk is full.
+        was_removed: somebody removed the run folder; whoever saves a checkpoint sets it back.
     """
 
     def __init__(
@@ -185,20 +172,24 @@ class Tracker:
         run_id: str,
         start_step: int,
         start_samples: int,
+        evaluation_is_due: bool = False,
         tracking: Mapping[str, str] | None = None,
         enabled: bool = True,
     ) -> None:
         self.tracking = {"wandb": run_id, **(tracking or {})}
         self.copies: list[_Wandb | _TensorBoard] = []
-        self.file = None
+        self.file: BinaryIO | None = None
+        self.last_checkpoint: Path | None = None
+        self.was_removed = False
+        self.folder, self.params = folder, params
+        self.path = folder / "metrics.jsonl"
         if not enabled:
             return
         write_params(folder, params)
-        path = folder / "metrics.jsonl"
-        dropped = drop_lines_after(path, start_samples)
+        dropped = drop_lines_after(self.path, start_samples, evaluation_is_due=evaluation_is_due)
         if dropped:
-            logger.info("dropped %d lines of %s beyond step %d", dropped, path, start_step)
-        self.file = path.open("a", encoding="utf-8")
+            logger.info("dropped %d lines of %s beyond step %d", dropped, self.path, start_step)
+        self.file = self._opened()
         for name in settings.trackers:
             try:
                 if name == "wandb":
@@ -213,14 +204,33 @@ class Tracker:
         if self.file is None:
             return
         line = {"kind": kind, "step": step, **{name: _finite_or_text(value) for name, value in values.items()}}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        try:
+            if not self.path.exists():
+                self._start_again(step)
+            text = json.dumps(line).encode() + b"\n"
+            if self.file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise explain_failed_write(error, self.path, self.last_checkpoint) from error
         for other in list(self.copies):
             try:
                 other.log(step, {f"{kind}/{name}": value for name, value in values.items()})
             except Exception as error:
                 logger.warning("%s: %s; going on without it", type(other).__name__.strip("_"), _first_line(error))
                 self.copies.remove(other)
+
+    def _start_again(self, step: int) -> None:
+        """After somebody removed the file or the run folder: what comes from here on is recorded."""
+        logger.warning("%s: was removed while the run is at work; lines before step %d are lost", self.path, step)
+        self.was_removed = True
+        if self.file is not None:
+            self.file.close()
+        write_params(self.folder, self.params)
+        self.file = self._opened()
+
+    def _opened(self) -> BinaryIO:
+        # Nothing is held back, so that nothing is left to write, and to fail, when the file is closed.
+        return self.path.open("ab", buffering=0)
 
     def close(self) -> None:
         """Flush and close everything."""

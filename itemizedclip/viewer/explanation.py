@@ -17,6 +17,7 @@ from torch import Tensor
 
 from itemizedclip.data.batch import ItemCollator, ItemSample, trim_padding
 from itemizedclip.evaluation.attention import ItemMaps, item_maps, maps_of_features
+from itemizedclip.models.dual_encoder import ImageFeatures
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.viewer.inputs import ModelInput
@@ -74,19 +75,32 @@ class Explainer:
         loaded: the model, in evaluation mode.
         source: the image or study; encoded here.
         normalise_tokens: see `itemizedclip.evaluation.attention.item_maps`.
+        autocast_dtype: of the towers' matrix products; None: as the weights are. The head computes in float32.
     """
 
-    def __init__(self, loaded: LoadedModel, source: ModelInput, *, normalise_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        source: ModelInput,
+        *,
+        normalise_tokens: bool = False,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
         self.source = source
         self._loaded = loaded
         self._normalise_tokens = normalise_tokens
         self._device = loaded.model.logit_scale.device
+        self._autocast_dtype = autocast_dtype
         names = source.series_names
-        with torch.no_grad():
-            self._features = loaded.model.encode_image(
+        with torch.no_grad(), self._autocast():
+            features = loaded.model.encode_image(
                 source.image[None].to(self._device),
                 series_names=None if names is None else names[None].to(self._device),
             )
+        self._features = ImageFeatures(features.global_BD.float(), features.tokens_BLD.float(), features.grid)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None)
 
     @torch.no_grad()
     def explain(self, items: Sequence[str]) -> Explanation:
@@ -97,7 +111,8 @@ class Explainer:
             nothing = torch.zeros(0, num_heads, *self._features.grid), torch.zeros(0, num_heads), torch.zeros(0)
             return Explanation(self.source, [], ItemMaps(*nothing))
         tokens_TC = trim_padding(self._loaded.tokenizer(list(items))).to(self._device)
-        items_BTD = model.encode_text(tokens_TC)[None]
+        with self._autocast():
+            items_BTD = model.encode_text(tokens_TC)[None].float()
         maps = maps_of_features(model.head, self._features, items_BTD, normalise_tokens=self._normalise_tokens)[0]
         return Explanation(self.source, list(items), maps)
 

@@ -23,6 +23,7 @@ from natural_files import CaptionedImages, ShardFolder, write_coco, write_flickr
 from itemizedclip.evaluation.ranks import retrieval_metrics
 from itemizedclip.evaluation.tcsim import score_images_plainly
 from itemizedclip.models.factory import create_transform, load_pretrained
+from itemizedclip.runtime.processes import Stopped
 
 ROOT = Path(__file__).parents[2]
 DEBUG = ["--recipe", "itemized_cc0.3M_debug", "--device", "cpu"]
@@ -147,7 +148,9 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(world, tmp_pat
         return true_getitem(self, key)
 
     monkeypatch.setattr(ShardDataset, "__getitem__", counted)
-    assert train_2d([*flags, "--name", "cut"]).interrupted
+    with pytest.raises(Stopped) as stopped_by:
+        train_2d([*flags, "--name", "cut"])
+    assert (stopped_by.value.code, stopped_by.value.result.interrupted) == (75, True)
     stopped = torch.load(tmp_path / "cut/checkpoints/latest.pt", weights_only=True)
     assert (stopped["epoch"], stopped["step_in_epoch"]) == (1, 2)
     read.clear()

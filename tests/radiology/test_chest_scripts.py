@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -176,6 +177,23 @@ def test_cxr_bert_loads_into_a_plain_bert_and_stays_frozen(cohort, trained):
     assert "[CLS]" in load_pretrained(trained).config["text_cfg"]["tokenizer_json"]
 
 
+def test_locked_text_as_published_trains_layer_norms_with_dropout(cohort, trained, tmp_path):
+    """The published --lock-text leaves BERT's LayerNorms trainable and its dropout active; ours can freeze all."""
+    model = load_pretrained(trained).model
+    for freeze, trained_names in ((False, {"LayerNorm"}), (True, set())):
+        model.train()
+        model.requires_grad_(True)
+        model.text.locked = False
+        model.lock(text=True, freeze_layer_norm=freeze)
+        model.train()
+        found = {name.split(".")[-2] for name, p in model.text.transformer.named_parameters() if p.requires_grad}
+        assert found == trained_names
+        assert model.text.transformer.training is not freeze
+        assert model.text.proj.weight.requires_grad
+    assert not ctrate().model.lock_text_freeze_layer_norm
+    assert ctrate().model.lock_text
+
+
 def test_locked_text_on_two_processes_evaluates_as_one(cohort, trained, tmp_path):
     """Steps of learning rate 0, so that both evaluate the same weights; the second run also recomputes activations."""
     still = ("--lock-text", "--pretrained", str(trained), "--text-model", str(cohort.bert), "--epochs", "1",
@@ -276,6 +294,20 @@ def test_wrong_training_flags_give_one_message(cohort, tmp_path, capsys):
 
 
 # --- operating points ------------------------------------------------------------------------------------------------
+
+
+def test_exact_ties_between_corners_go_to_the_largest_threshold():
+    """Two operating points as far from the corner as each other: (4/7, 2/7) and (2/7, 4/7), told apart by rounding."""
+    scores = np.arange(14) / 14
+    for seed in range(200):
+        labels = np.random.default_rng(seed).permutation(np.repeat([0, 1], 7))
+        cuts = operating_points(scores)
+        positive, negative = scores[labels == 1], scores[labels == 0]
+        exact = [
+            Fraction(int((negative > c).sum()), 7) ** 2 + Fraction(int((positive <= c).sum()), 7) ** 2 for c in cuts
+        ]
+        nearest = max(t for t, distance in enumerate(exact) if distance == min(exact))
+        assert corner_threshold(scores, labels) == cuts[nearest]
 
 
 def nearest_by_loop(scores: np.ndarray, labels: np.ndarray, thresholds) -> float:

@@ -485,6 +485,8 @@ def test_scores_of_other_weights_or_settings_never_mix(cohort, trained, tmp_path
     score("rsna", cohort, other, tmp_path)
     assert len(scored) == 12
     scored.clear()
+    score("rsna", cohort, trained, tmp_path, "--precision", "fp32")
+    assert scored == []  # auto was float32 here
     score("rsna", cohort, trained, tmp_path, "--precision", "amp_bf16")
     assert len(scored) == 12
     assert len(list(tmp_path.glob("scores.*.jsonl"))) == 3

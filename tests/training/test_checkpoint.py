@@ -16,6 +16,7 @@ from test_engine import TOY, curve, run_toy
 from toy import TOY_CONFIG, ToyModel, ToyRun, toy_options, toy_train
 
 from itemizedclip.models.factory import CheckpointError
+from itemizedclip.runtime.errors import EXIT_STOPPED
 from itemizedclip.training import checkpoint as checkpoints
 from itemizedclip.training.checkpoint import (
     describe_changes,
@@ -24,7 +25,8 @@ from itemizedclip.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from itemizedclip.training.tracking import choose_run_folder
+from itemizedclip.training.folder import choose_run_folder
+from itemizedclip.training.options import options_to_dict
 
 SAME = ("step", "epoch", "samples", "loss", "ila", "kta", "mps", "iis", "lr", "logit_scale", "logit_bias", "grad_norm")
 
@@ -78,7 +80,9 @@ def test_two_ranks_killed_and_resumed_give_the_same_curve(tmp_path):
 
 def test_sigterm_on_one_rank_saves_and_stops_all(tmp_path):
     flags = ["--logs", tmp_path]
-    done = run_toy(*flags, "--name", "cut", "--terminate-at", 4, ranks=2)
+    done = run_toy(*flags, "--name", "cut", "--terminate-at", 4, ranks=2, check=False)
+    assert done.returncode == EXIT_STOPPED
+    assert "Traceback" not in done.stderr
     assert "saved and stopped; --resume latest goes on" in done.stderr
     assert "stopped after 4 of 10 steps" in done.stderr
     saved = load_checkpoint(tmp_path / "cut/checkpoints/latest.pt")
@@ -95,7 +99,7 @@ def test_sigusr1_from_outside_saves_at_the_next_step(tmp_path):
     for line in process.stderr:
         if "step 3/" in line:
             process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == 0
+    assert process.wait(60) == EXIT_STOPPED
     saved = load_checkpoint(tmp_path / "a/checkpoints/latest.pt")
     assert 3 <= saved.step < 20
     assert len(curve(tmp_path / "a")) == saved.step
@@ -235,8 +239,10 @@ def test_frequencies_decide_which_files_stay(tmp_path):
 
 def make_checkpoint(path: Path, step: int) -> None:
     contents = checkpoints.Checkpoint(
-        state_dict={}, optimizer={}, scaler=None, step=step, epoch=0, step_in_epoch=step, samples_seen=step,
-        total_steps=100, run_id="r", options={}, model_config={}, transform={}, data_fingerprint="", world_size=1,
+        state_dict={}, optimizer={"state": {}, "param_groups": []}, scaler=None,
+        step=step, epoch=0, step_in_epoch=step, samples_seen=step,
+        total_steps=1000, run_id="r", options=options_to_dict(toy_options()), model_config={}, transform={},
+        data_fingerprint="", world_size=1,
     )  # fmt: skip
     save_checkpoint(contents, path)
 

@@ -68,10 +68,14 @@ class RetrievalSet(Dataset[ItemSample]):
             transform: RGB image → float tensor (3, H, W).
             remedy: what to do about missing images.
 
+        Images without a caption are left out and counted.
+
         Raises:
             FileNotFoundError: image files that do not exist.
             ValueError: no image at all.
         """
+        self.without_captions = [entry.path.name for entry in entries if not entry.captions]
+        entries = [entry for entry in entries if entry.captions]
         if not entries:
             raise UserError(f"{annotations}: names no image of {name}; expected {PUBLISHED_COUNTS[name][0]}")
         missing = [entry.path for entry in entries if not entry.path.is_file()]
@@ -114,6 +118,9 @@ class RetrievalSet(Dataset[ItemSample]):
             return None
         expected = "{:,} images and {:,} captions".format(*PUBLISHED_COUNTS[self.name])
         found = "{:,} and {:,}".format(*self.counts)
+        if self.without_captions:
+            left_out = f"{len(self.without_captions)} images without a caption are left out ({self.without_captions[0]}"
+            found += f"; {left_out}{', …' if len(self.without_captions) > 1 else ''})"
         return f"{self.name} has {expected}, {self.annotations} {found}: these numbers compare with no published ones"
 
     def facts(self) -> dict[str, Any]:
@@ -122,6 +129,7 @@ class RetrievalSet(Dataset[ItemSample]):
         return {
             "dataset": self.name,
             "is_whole_set": self.incomplete is None,
+            "without_captions": self.without_captions,
             "annotations": str(self.annotations),
             "annotations_sha256": file_sha256(self.annotations),
             "image_names_sha256": hashlib.sha256(names.encode()).hexdigest(),
@@ -304,6 +312,6 @@ def _plain_path(name: str, where: str) -> Path:
 
 
 def _entry(path: Path, captions: Sequence[object], where: str) -> CaptionedImage:
-    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise UserError(f"{where} ({path.name}): expected at least one caption and none empty")
+    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise UserError(f"{where} ({path.name}): expected captions that are texts, none empty")
     return CaptionedImage(path, [str(caption) for caption in captions])

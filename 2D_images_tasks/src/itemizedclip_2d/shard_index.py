@@ -50,6 +50,9 @@ SAMPLES_PER_SHARD = 5000
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
+MAX_SHARDS = 100_000
+"""Shards of one argument: a range with a digit too many would take minutes and all memory."""
+
 SHARD_REMEDY = "Download the shard again."
 
 _INDEX_FORMAT = 1
@@ -119,12 +122,29 @@ def expand_shards(sources: str) -> list[Path]:
     return paths
 
 
+def _size_of_braces(source: str) -> int:
+    """At most so many names come of expanding a source; counted without expanding it."""
+    size = 1
+    for first, last in re.findall(r"\{([^{},.]+)\.\.([^{},.]+)(?:\.\.[^{},.]*)?\}", source):
+        if not (first.lstrip("-").isdecimal() and last.lstrip("-").isdecimal()):
+            size *= 64  # letters
+        elif max(len(first), len(last)) > 18:
+            return MAX_SHARDS + 1
+        else:
+            size *= abs(int(last) - int(first)) + 1
+    for words in re.findall(r"\{([^{}]*,[^{}]*)\}", source):
+        size *= words.count(",") + 1
+    return size
+
+
 def _expand_source(source: str) -> list[Path]:
     if Path(source).is_dir():
         found = sorted(Path(source).glob("*.tar"))
         if not found:
             raise PreflightError(f"shards {source!r}: the folder holds no *.tar file")
         return found
+    if _size_of_braces(source) > MAX_SHARDS:
+        raise PreflightError(f"shards {source!r}: the braces stand for more than {MAX_SHARDS:,} files; check the range")
     try:
         patterns = list(braceexpand(source))
     except ValueError:

@@ -109,5 +109,5 @@ def _items_path(data: RsicdPictures) -> Path | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of visualize_rsicd.sh."""
-    options = read_flags(RsicdVisualize, argv, prog=PROG, description=DESCRIPTION)
+    options = read_flags(RsicdVisualize, argv, prog=PROG, description=DESCRIPTION, published=True)
     visualize(options, lambda: RsicdSource(options.data, options.selection.own_items), PROG)

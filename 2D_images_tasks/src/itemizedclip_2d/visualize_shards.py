@@ -88,5 +88,5 @@ class ShardPictureSource:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of visualize_itemized_cc3m.sh."""
-    options = read_flags(ShardVisualize, argv, prog=PROG, description=DESCRIPTION)
+    options = read_flags(ShardVisualize, argv, prog=PROG, description=DESCRIPTION, published=True)
     visualize(options, lambda: ShardPictureSource(options.data, options.selection.own_items), PROG)

@@ -344,7 +344,12 @@ def ctrate() -> ChestRun:
     """Published recipe: HLIP on chest CT, 8 GPUs × 64 scans, 80 epochs; paper: CT-RATE mean AUC of 16 findings 83.2."""
     return ChestRun(
         model=ModelSettings(
-            model="CTRATE_HLIP_BiomedBERT_itemizedclip", precision="amp", grad_checkpointing=True, lock_text=True
+            model="CTRATE_HLIP_BiomedBERT_itemizedclip",
+            precision="amp",
+            grad_checkpointing=True,
+            lock_text=True,
+            # As published: the library's default leaves BERT's LayerNorms trainable and its dropout active.
+            lock_text_freeze_layer_norm=False,
         ),
         objective=ObjectiveSettings(
             ila_weight=1.0,

@@ -113,15 +113,16 @@ class RadiologyItemizedCLIP(DualEncoder):
         """BERT and its projection."""
         return [self.text]
 
-    def lock(self, *, image: bool = False, text: bool = False) -> None:
+    def lock(self, *, image: bool = False, text: bool = False, freeze_layer_norm: bool = True) -> None:
         """Freeze towers; call before wrapping in DDP.
 
         Of the text tower BERT is frozen, and runs without gradient and dropout; its projection still trains, as no
-        pretrained file holds one.
+        pretrained file holds one. Without `freeze_layer_norm` BERT's LayerNorms train and its dropout stays active, as
+        in the published chest CT runs.
         """
         super().lock(image=image)
         if text:
-            self.text.lock()
+            self.text.lock(freeze_layer_norm=freeze_layer_norm)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Checkpoint both towers block by block."""

@@ -19,6 +19,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from itemizedclip.models.dual_encoder import unfreeze_layer_norms
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.files import read_json
 from itemizedclip_radiology.models.weight_files import (
@@ -229,10 +230,17 @@ class BertTextTower(nn.Module):
         nn.init.normal_(self.proj.weight, std=hf_config.hidden_size**-0.5)
         self.locked = False
 
-    def lock(self) -> None:
-        """Freeze BERT: no gradient, no dropout, whatever mode the model is in. The projection stays trainable."""
-        self.locked = True
+    def lock(self, *, freeze_layer_norm: bool = True) -> None:
+        """Freeze BERT: no gradient, no dropout, whatever mode the model is in. The projection stays trainable.
+
+        Args:
+            freeze_layer_norm: False lets its LayerNorms train and its dropout follow the model's mode.
+        """
         self.transformer.requires_grad_(False)
+        if not freeze_layer_norm:
+            unfreeze_layer_norms([self.transformer])
+            return
+        self.locked = True
         self.transformer.eval()
 
     def train(self, mode: bool = True) -> BertTextTower:

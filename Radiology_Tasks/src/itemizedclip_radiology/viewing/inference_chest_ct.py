@@ -16,7 +16,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -28,6 +28,7 @@ from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.flags import read_flags
 from itemizedclip.runtime.logs import logging_to_console
+from itemizedclip.runtime.precision import resolve_precision
 from itemizedclip.runtime.processes import check_device_name, choose_device
 from itemizedclip.viewer.explanation import Explainer, Explanation
 from itemizedclip.viewer.files import ExplanationFiles
@@ -74,6 +75,10 @@ class InferenceOptions:
 
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda or cuda:N."""
+
+    precision: Literal["fp32", "amp_bf16", "auto"] = "auto"
+    """Of the towers; scores and maps are always float32. auto: bfloat16 where the device computes it (docs/training.md
+    says what that does to scores)."""
 
     files: Annotated[ExplanationFiles, tyro.conf.arg(name="")] = field(default_factory=ExplanationFiles)
 
@@ -134,7 +139,9 @@ def run(options: InferenceOptions) -> Explanation:
         logger.info(note)
     folder = make_output_folder(options.output or folder_named_after(options.scan, "findings"))
     prompts = [prompt_of(name) for name in names]
-    explanation = Explainer(loaded, source, normalise_tokens=True).explain(prompts)
+    precision = resolve_precision(options.precision, loaded.model.logit_scale.device)
+    explainer = Explainer(loaded, source, normalise_tokens=True, autocast_dtype=precision.autocast_dtype)
+    explanation = explainer.explain(prompts)
     shown = replace(explanation, items=names)
     facts = {
         "checkpoint": str(options.resume),
@@ -142,6 +149,7 @@ def run(options: InferenceOptions) -> Explanation:
         "model": loaded.config.get("name", ""),
         "prompts": dict(zip(names, prompts)),
         "normalise_tokens": True,
+        "precision": precision.name,
         "window_hu": [chest.window.hu_min, chest.window.hu_max],
         "fit": chest.fit,
         "score": "TCSim, a cosine between -1 and 1; no probability: compare a finding's score with that of other scans",
