@@ -248,7 +248,7 @@ def named_pages(program: str, helps: dict[str, Help]) -> str:
         kept = [Flag(flag.names, flag.text, common_default[flag.names]) for flag in flags if flag.names in shared]
         if kept:
             groups.append((title, about, kept))
-    parts = [f"```{{program}} {program}\n```\n", "## Flags of every name\n", groups_markdown(groups, 3)]
+    parts = [f"```{{program}} {program}\n```\n", "## Flags that all of them take\n", groups_markdown(groups, 3)]
     for name, shown in helps.items():
         parts.append(
             f"\n## `{name}`\n\n```{{program}} {program} {name}\n```\n\n{description_markdown(shown.description)}\n"
@@ -259,7 +259,9 @@ def named_pages(program: str, helps: dict[str, Help]) -> str:
             if flag.names in shared and len({o[flag.names].default for o in facts.values()}) > 1
         ]
         if changed:
-            cells = (f"| `{_cell(flag.names)}` | `{_cell(flag.default or '')}` |" for flag in changed)
+            cells = (
+                f"| `{_cell(flag.names.replace('{None}|', ''))}` | `{_cell(flag.default or '')}` |" for flag in changed
+            )
             parts.append("| flag | default here |\n|---|---|\n" + "\n".join(cells) + "\n")
         own = [(t, a, [flag for flag in flags if flag.names not in shared]) for t, a, flags in shown.groups]
         parts.append(groups_markdown([group for group in own if group[2]], 3))
