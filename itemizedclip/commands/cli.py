@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a subcommand; exits 2 with the list of commands when there is no such one."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["--help"], ["-h"]):
-        print(usage())
+        with ending_quietly():
+            print(usage())
         return
     if not arguments or arguments[0] not in COMMANDS:
         problem = f"no command named {arguments[0]}" if arguments else "no command given"

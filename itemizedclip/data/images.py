@@ -62,7 +62,7 @@ _OWN_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"II*\0", b"MM\0*", b"B
 
 
 def decode_photograph(
-    data: bytes | Path | BinaryIO, *, source: str, background: tuple[int, int, int] = WHITE
+    data: bytes | str | Path | BinaryIO, *, source: str, background: tuple[int, int, int] = WHITE
 ) -> Image.Image:
     """An RGB image of an encoded photograph, upright and decoded to the end.
 
@@ -77,6 +77,8 @@ def decode_photograph(
     """
     if isinstance(data, bytes):
         data = io.BytesIO(data)
+    elif isinstance(data, str):
+        data = Path(data)
     try:
         if isinstance(data, Path):
             _check_file(data, source)

@@ -49,7 +49,7 @@ def read_flags(
             arguments = without_published(kind, arguments)
     try:
         with ending_quietly():
-            options = tyro.cli(
+            options: OptionsT = tyro.cli(
                 kind, args=arguments, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,), **more
             )
             check_numbers(options)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Precision:
     reason: str | None = None
     notice: str | None = None
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context of every forward pass."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()

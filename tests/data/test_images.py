@@ -31,6 +31,7 @@ from itemizedclip.commands import report as report_command
 from itemizedclip.commands.cli import main as cli
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.images import MAX_ASPECT, decode_mask, decode_photograph
+from itemizedclip.data.jsonl import ImageItems
 from itemizedclip.models.factory import LoadedModel, create_model, load_pretrained
 from itemizedclip.search import build
 from itemizedclip.search import index as search_index
@@ -273,7 +274,7 @@ def _by_command(world: World, encoded: bytes, main: Callable, module, name: str)
     world.monkeypatch.setattr(module, name, note)
     world.monkeypatch.setattr(module, "load_pretrained", lambda *others, **more: world.loaded)
     errors: list[str] = []
-    world.monkeypatch.setattr("itemizedclip.runtime.errors._end", lambda prog, message: errors.append(message))
+    world.monkeypatch.setattr("itemizedclip.runtime.errors._end", lambda prog, message, *status: errors.append(message))
     flags = ["--checkpoint", str(world.checkpoint), "--items", "a lake", "--device", "cpu"]
     main([str(world.write(encoded)), *flags, "--output", str(world.folder / "out.html")])
     if errors:
@@ -335,16 +336,25 @@ def by_the_program_for_own_data(world: World, encoded: bytes) -> np.ndarray:
     """The dataset of docs/own-data.md."""
     program = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "own-data.md").read_text(), re.DOTALL)
     names: dict = {}
-    exec(program[1].partition("\noptions = ")[0], names)
+    world.monkeypatch.setenv("PICTURES", str(world.folder))
+    exec(program[1].partition("\nmodel, ")[0], names)
     world.write(encoded)
     (world.folder / "items.json").write_text('{"photo.jpg": ["a lake"]}')
-    dataset = names["PictureFolder"](world.folder, world.folder / "items.json", pil_to_tensor, 1, 0)
+    dataset = names["PictureFolder"](world.folder / "items.json", pil_to_tensor, 1)
     return rows_of(dataset[0, 0].image)
+
+
+def by_own_images(world: World, encoded: bytes) -> np.ndarray:
+    """The JSONL of `itemizedclip train own`."""
+    world.write(encoded)
+    (world.folder / "own.jsonl").write_text('{"image": "photo.jpg", "items": ["a lake"]}')
+    return rows_of(ImageItems(world.folder / "own.jsonl", pil_to_tensor, num_items=1, is_train=True)[0, 0].image)
 
 
 PATHS = [
     by_training_shards, by_checked_shards, by_rsicd, by_coco, by_flickr, by_index, by_open_input, by_report, by_explain,
     by_explain_set, by_pictures_of_rsicd, by_pictures_of_shards, by_search_pictures, by_the_program_for_own_data,
+    by_own_images,
 ]  # fmt: skip
 
 
