@@ -28,6 +28,7 @@ import torch.distributed as dist
 from itemizedclip.runtime.collectives import broadcast_object, is_distributed, is_main
 from itemizedclip.runtime.errors import EXIT_STOPPED, UserError
 from itemizedclip.runtime.flags import at_least, at_most, check, max_processes, usable_cores
+from itemizedclip.runtime.liveness import watched_ranks
 from itemizedclip.runtime.logs import logging_to_console
 
 T = TypeVar("T")
@@ -66,9 +67,12 @@ class DistributedSettings:
     threads: int = 0
     """CPU threads per process; 0: under torchrun on CPUs the cores shared out, else PyTorch's choice."""
 
+    rank_timeout: float = 3.0
+    """Minutes without a sign of life of another process after which the run ends, naming it; 0: not watched."""
+
     def __post_init__(self) -> None:
-        at_least(self, threads=0)
-        at_most(self, threads=max_processes(), dist_timeout=MAX_TIMEOUT_MIN)
+        at_least(self, threads=0, rank_timeout=0)
+        at_most(self, threads=max_processes(), dist_timeout=MAX_TIMEOUT_MIN, rank_timeout=MAX_TIMEOUT_MIN)
         check(self.dist_timeout > 0, f"--dist-timeout is {self.dist_timeout}; expected minutes, more than 0")
 
 
@@ -148,7 +152,8 @@ def launch(device_name: str = "auto", settings: DistributedSettings | None = Non
         _join(settings, device)
     seed_everything(seed)
     try:
-        with logging_to_console(rank):
+        watch = watched_ranks(rank, world_size, settings.rank_timeout) if owns_group else contextlib.nullcontext()
+        with watch, logging_to_console(rank):
             yield Ranks(rank, local_rank, world_size, device)
     finally:
         if owns_group:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
+import mmap
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -23,24 +25,38 @@ EXIT_STOPPED = 75  # as in itemizedclip.runtime.errors, without waiting for its 
 EXIT_NO_SPACE = 74
 
 
-def run_agent(argv: Sequence[str] | None) -> int:
-    """torchrun to its end; the exit status that tells most, 128 + n for a process that signal n ended."""
+def run_agent(argv: Sequence[str] | None, stop_asked: Callable[[], bool] = lambda: False) -> int:
+    """torchrun to its end.
+
+    Args:
+        argv: torchrun's arguments.
+        stop_asked: whether a signal was passed on to the processes.
+
+    Returns:
+        The exit status that tells most, 128 + n for a process that signal n ended.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    # It says below, or its processes have said, what these would.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         torchrun(None if argv is None else list(argv))
     except SignalException as error:  # the parent has gone, or there was no process yet to pass a signal on to
         return 128 + int(error.sigval)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        # The others may have failed because this one left.
-        for telling in (EXIT_NO_SPACE, EXIT_STOPPED):
-            if telling in codes.values():
-                return telling
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode
+        # When one process fails torchrun stops the others, which then leave as if asked to.
+        own = {rank: code for rank, code in codes.items() if code not in (EXIT_STOPPED, -signal.SIGTERM)}
+        if EXIT_NO_SPACE in codes.values():
+            return EXIT_NO_SPACE
+        if EXIT_STOPPED in codes.values() and (stop_asked() or not own):
+            return EXIT_STOPPED
+        first, _ = error.get_first_failure()
+        killed = [rank for rank, code in own.items() if code < 0]
+        rank = killed[0] if killed else first if first in own or not own else min(own)
+        code = codes[rank]
         how = f"exit status {code}" if code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
         print(f"the process of rank {rank} ended with {how}; its message stands above", file=sys.stderr)
         return code if code >= 0 else 128 - code
@@ -52,14 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Signals that come before all is set up wait.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     own = os.getpid()
+    asked = mmap.mmap(-1, 1)  # shared by both processes
     agent = os.fork()
     if agent == 0:
         _become_agent(own)
-        os._exit(_exit_code(argv))
-    passed_on: list[int] = []
+        os._exit(_exit_code(argv, lambda: asked[0] > 0))
 
     def pass_on(number: int, frame: object) -> None:
-        passed_on.append(number)
+        asked[0] = 1
         # Before there is a process that could save, the agent itself may go.
         for process in _children_of(agent) or [agent]:
             with contextlib.suppress(ProcessLookupError):
@@ -73,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = os.waitstatus_to_exitcode(os.waitpid(agent, 0)[1])
     code = code if code >= 0 else 128 - code
-    # Ended by a signal before it listened: nothing to save, but stopped all the same.
-    return EXIT_STOPPED if passed_on and code - 128 in (*passed_on, signal.SIGTERM) else code
+    # Ended by a signal before it listened, or before it had saved: stopped all the same.
+    return EXIT_STOPPED if asked[0] and code > 128 else code
 
 
 def _become_agent(parent: int) -> None:
@@ -89,9 +105,9 @@ def _become_agent(parent: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _exit_code(argv: Sequence[str] | None) -> int:
+def _exit_code(argv: Sequence[str] | None, stop_asked: Callable[[], bool]) -> int:
     try:
-        return run_agent(argv)
+        return run_agent(argv, stop_asked)
     except SystemExit as error:  # torchrun's own flags
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)

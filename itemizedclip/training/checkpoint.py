@@ -214,13 +214,13 @@ def check_fields(contents: Mapping[str, Any], path: Path) -> None:
     wrong += [(name, expected) for name, (expected, holds) in _RULES.items() if not holds(contents[name])]
     if not wrong:
         epochs = contents["options"]["optimizer"]["epochs"]
+        if contents["total_steps"] < epochs:
+            wrong.append(("total_steps", f"at least one step in each of {epochs} epochs"))
         for name, highest in (
             ("epoch", epochs), ("step_in_epoch", contents["total_steps"]), ("step", contents["total_steps"]),
         ):  # fmt: skip
             if contents[name] > highest:
                 wrong.append((name, f"at most {highest}"))
-        if contents["total_steps"] < epochs:
-            wrong.append(("total_steps", f"at least one step in each of {epochs} epochs"))
     if wrong:
         name, expected = wrong[0]
         raise CheckpointError(

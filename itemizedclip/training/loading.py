@@ -5,6 +5,7 @@ Axes: B images of one step on this rank.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from itemizedclip.data.batch import BadSampleError, ItemBatch, ItemSample
 from itemizedclip.data.sampler import CheckedCollator, CheckedDataset, EpochSampler, LoadedBatch
 from itemizedclip.data.workers import (
+    SHARED_MEMORY,
     LoaderError,
     RoomyCollator,
     WatchedDataset,
@@ -106,7 +108,15 @@ class MapSource:
     def epoch(self, epoch: int, start_step: int) -> Iterator[StepBatch]:
         """See BatchSource."""
         self.sampler.set_epoch(epoch, start_step)
-        loads = iter(self.loader)
+        try:
+            loads = iter(self.loader)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise LoaderError(
+                f"{SHARED_MEMORY} is full, loader processes cannot start: give them more room (docker run --shm-size "
+                "1g), remove what lies there, or use --workers 0"
+            ) from error
         for _ in range(start_step, self.steps_per_epoch):
             started = perf_counter()
             loaded = [_next(loads) for _ in range(self.loads_per_step)]
@@ -142,7 +152,8 @@ def worker_failure(error: RuntimeError, source: BatchSource) -> LoaderError | No
         )
     if "DataLoader worker" not in message:
         return None
-    told = source.watch.describe([int(pid) for pid in re.findall(r"\d+", message.partition(")")[0])])
+    pids = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", message)
+    told = source.watch.describe([int(pid) for pid in re.findall(r"\d+", pids[1])] if pids else [])
     killed = re.search(r"killed by signal: ([^.]+)\.", message)
     how = f"was ended by a signal ({killed[1].strip()})" if killed else "ended unexpectedly"
     kill_loader_processes()

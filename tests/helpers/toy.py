@@ -15,16 +15,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from itemizedclip.data.batch import BadSampleError, ItemCollator, ItemSample
 from itemizedclip.data.sampler import EvalShard
+from itemizedclip.models import archive
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
 from itemizedclip.runtime.collectives import all_reduce_sum, rank, world_size
 from itemizedclip.runtime.errors import reported_errors
+from itemizedclip.training import engine
 from itemizedclip.training.engine import train
 from itemizedclip.training.options import (
     LoadingSettings,
@@ -123,10 +126,19 @@ class ToyDataset:
         bad: indices that raise BadSampleError.
         nan: indices whose image is not finite.
         wait_s: seconds each sample takes.
+        hang: index of a sample that never comes.
     """
 
-    def __init__(self, num_samples: int = 40, *, bad: Sequence[int] = (), nan: Sequence[int] = (), wait_s: float = 0.0):
-        self.num_samples, self.bad, self.nan, self.wait_s = num_samples, set(bad), set(nan), wait_s
+    def __init__(
+        self,
+        num_samples: int = 40,
+        *,
+        bad: Sequence[int] = (),
+        nan: Sequence[int] = (),
+        wait_s: float = 0.0,
+        hang: int = -1,
+    ):
+        self.num_samples, self.bad, self.nan, self.wait_s, self.hang = num_samples, set(bad), set(nan), wait_s, hang
 
     def __len__(self) -> int:
         return self.num_samples
@@ -135,7 +147,7 @@ class ToyDataset:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if index in self.bad:
             raise BadSampleError(f"toy/{index}.png: truncated image; copy it again")
-        time.sleep(self.wait_s)
+        time.sleep(600 if index == self.hang else self.wait_s)
         generator = torch.Generator().manual_seed(1000 * epoch + index)
         words = [int(w) for w in torch.randperm(len(WORDS), generator=generator)[: 2 + index % 3]]
         image = 0.1 * torch.randn(3, 8, 8, generator=generator)
@@ -187,6 +199,15 @@ class ToyData:
     terminate_at: int = 0
     """Send SIGTERM to this process (rank 1 of several) when step N starts; 0: never."""
 
+    kill_in: Literal["", "write", "evaluation", "after-evaluation", "resume"] = ""
+    """Kill this process with SIGKILL when that happens for the second time; "resume": the first time."""
+
+    hang_at: int = 0
+    """Sleep for ten minutes when step N starts; 0: never."""
+
+    hang_sample: int = -1
+    """Index of a sample that takes ten minutes to load, and hears no signal; -1: none."""
+
 
 @dataclass(frozen=True)
 class ToyRun(RunOptions):
@@ -216,11 +237,12 @@ def toy() -> ToyRun:
 def toy_train(options: ToyRun, **changes: object):
     """Train the toy model; `changes` go to `train`."""
     data = options.data
-    dataset = ToyDataset(data.samples, bad=data.bad, nan=data.nan, wait_s=data.wait_s)
+    dataset = ToyDataset(data.samples, bad=data.bad, nan=data.nan, wait_s=data.wait_s, hang=data.hang_sample)
     with launch_run(options) as ranks:
         model = ToyModel(data.dropout)
-        if data.kill_at or data.terminate_at:
+        if data.kill_at or data.terminate_at or data.hang_at:
             _disturb(model, data)
+        _kill_in(data.kill_in)
         arguments: dict = {
             "model": model,
             "dataset": dataset,
@@ -244,8 +266,45 @@ def _disturb(model: ToyModel, data: ToyData) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if steps == data.terminate_at and module.training and rank() == world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        if steps == data.hang_at and module.training:
+            print("hanging", file=sys.stderr, flush=True)
+            time.sleep(600)
 
     model.image.register_forward_pre_hook(before)
+
+
+def _kill_in(what: str) -> None:
+    """Kill this process at a moment that no step number names."""
+    times = 0
+
+    def kill_at_the(time_to_kill: int) -> None:
+        nonlocal times
+        times += 1
+        if times == time_to_kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if what == "write":
+        write = archive._HashingFile.write
+
+        def half(self, block) -> int:
+            nonlocal times
+            written = write(self, block)
+            if self.written == 0:
+                kill_at_the(2)
+            self.written += written
+            return written
+
+        archive._HashingFile.written = 0
+        archive._HashingFile.write = half
+    elif what == "evaluation":
+        run = ToyEvaluator.run
+        ToyEvaluator.run = lambda self, model: (kill_at_the(2), run(self, model))[1]
+    elif what == "after-evaluation":
+        save = engine.save_epoch
+        engine.save_epoch = lambda run, **flags: (kill_at_the(2), save(run, **flags))[1]
+    elif what == "resume":
+        restore = engine.restore
+        engine.restore = lambda *arguments: (restore(*arguments), kill_at_the(1))[0]
 
 
 def main(argv: list[str]) -> None:

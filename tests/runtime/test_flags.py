@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 from commands import ROOT, run
+from toy import toy
 
 from itemizedclip.runtime.flags import read_flags
+from itemizedclip.training.options import parse_run
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,68 @@ def test_help_that_nobody_reads_to_its_end_leaves_no_trace(command):
     python = shlex.quote(sys.executable)
     result = run("bash", "-c", f"{{ sleep 0.2; {python} {command}; }} | true", cwd=ROOT)
     assert result.stderr == ""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers of all kinds."""
+
+    weight: float = 1.0
+    """A weight."""
+
+    weights: tuple[float, ...] = ()
+    """More of them."""
+
+    limit: float | None = None
+    """Or none."""
+
+    count: int = 1
+    """A count."""
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A group within options."""
+
+    numbers: Numbers = Numbers()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--weight", "nan"], "--weight is nan; expected a finite number"),
+        (["--weight", "-inf"], "--weight is -inf"),
+        (["--weight", "1e999"], "--weight is inf"),
+        (["--weights", "1", "nan"], "--weights is nan"),
+        (["--limit", "inf"], "--limit is inf"),
+        (["--count", str(2**70)], f"--count is {2**70}; expected a whole number of at most"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Numbers, Nested])
+def test_numbers_that_no_computer_holds_are_refused_in_every_command(capsys, kind, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        read_flags(kind, flags, prog="p", description="d")
+    assert stop.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--ila-weight", "nan"], "--ila-weight is nan"),
+        (["--lr", "inf"], "--lr is inf"),
+        (["--seed", str(2**70)], "--seed is"),
+        (["--threads", "100000"], "--threads is 100000; expected at most"),
+        (["--workers", "100000"], "--workers is 100000; expected at most"),
+        (["--num-sampled-captions", "999999999"], "--num-sampled-captions is 999999999; expected at most 4096"),
+        (["--loader-timeout", "-1"], "--loader-timeout is -1"),
+        (["--keep-last", "-1"], "--keep-last is -1"),
+        (["--keep-best", "auc"], "--keep-best is 'auc'; expected evaluator/measure"),
+        (["--keep-best", "toy/sum", "--val-frequency", "0"], "--keep-best needs evaluations"),
+    ],
+)
+def test_absurd_flags_of_a_run_are_refused_at_once(capsys, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        parse_run({"toy": toy}, "toy", flags, prog="toy")
+    assert stop.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -47,11 +47,13 @@ from pathlib import Path
 place, names = Path(os.environ["PLACE"]), ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RESUME")
 me = {name: os.environ.get(name) for name in names} | {"arguments": sys.argv[1:]}
 got = []
-signal.signal(signal.SIGUSR1, lambda number, frame: got.append(number))
+for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: got.append(number))
 (place / f"started{me['RANK'] or 0}.json").write_text(json.dumps(me))
 while not got and "--wait" in sys.argv:
     time.sleep(0.02)
 (place / f"saved{me['RANK'] or 0}").touch()
+sys.exit(75 if got else 0)
 """
 
 
@@ -203,7 +205,8 @@ def test_two_nodes_form_one_group_and_save_before_the_time_limit(project):
         ]  # fmt: skip
     job.send_signal(signal.SIGUSR1)
     _, errors = job.communicate(timeout=60)
-    assert job.returncode == 0, errors
+    assert job.returncode == 75, errors
+    assert "Traceback" not in errors
     assert (project / "saved0").exists()
     assert (project / "saved1").exists()
     assert (project / "scontrol.txt").read_text().splitlines() == ["show hostnames node[7-8]", "requeue 45678"]
@@ -214,7 +217,7 @@ def test_one_process_saves_too_and_a_cancelled_job_is_not_requeued(project):
     wait_for(project / "started0.json")
     job.send_signal(signal.SIGTERM)
     _, errors = job.communicate(timeout=60)
-    assert job.returncode == 0, errors
+    assert job.returncode == 75, errors
     assert (project / "saved0").exists()
     assert "requeue" not in (project / "scontrol.txt").read_text()
 
@@ -224,6 +227,32 @@ def test_a_run_that_ends_by_itself_is_not_requeued_and_keeps_its_status(project)
     (project / "worker.py").write_text("raise SystemExit(3)")
     assert start_job(project, SLURM_JOB_NUM_NODES="1").wait(timeout=60) == 3
     assert "requeue" not in (project / "scontrol.txt").read_text()
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (137, True)])
+def test_at_the_time_limit_only_what_was_stopped_or_killed_goes_back_into_the_queue(project, code, requeued):
+    worker = WORKER.replace("sys.exit(75 if got else 0)", f"sys.exit({code})")
+    (project / "worker.py").write_text(worker)
+    job = start_job(project, "--wait", SLURM_JOB_NUM_NODES="1")
+    wait_for(project / "started0.json")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=60) == code
+    assert ("requeue" in (project / "scontrol.txt").read_text()) == requeued
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_torchrun_passes_a_signal_on_once_and_waits(project, number):
+    """torchrun itself would end with a trace, and kill its processes after thirty seconds."""
+    command = ["bash", str(project / "train_toy.sh"), "--wait"]
+    run = subprocess.Popen(command, env=environment(project, GPUS="2"), stderr=subprocess.PIPE, text=True, cwd="/")
+    wait_for(project / "started0.json", project / "started1.json")
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 75
+    assert "Traceback" not in errors
+    assert "ended with" not in errors
+    assert (project / "saved0").exists()
+    assert (project / "saved1").exists()
 
 
 def test_a_script_that_does_not_exist(project):
