@@ -11,7 +11,7 @@ from commands import ROOT, run
 from toy import toy
 
 from itemizedclip.runtime.flags import read_flags
-from itemizedclip.training.options import parse_run
+from itemizedclip.training.recipes import parse_run
 
 
 @dataclass(frozen=True)
