@@ -362,7 +362,7 @@ def test_a_bad_image_ends_the_evaluation_with_its_name_or_is_left_out(world, tmp
 def test_unset_variables_are_named(name, variables):
     done = script(name, check=False)
     assert done.returncode == 2
-    assert f"{name}: set these environment variables first:" in done.stderr
+    assert f"{name}: set these environment variables first" in done.stderr
     assert [line.split()[0] for line in done.stderr.splitlines()[1:-1]] == variables
     assert all(f"{variable}=" in done.stderr.splitlines()[-1] for variable in variables)
     one_given = script(name, check=False, **{variables[0]: "x"})
