@@ -15,6 +15,7 @@ A holder that was thought dead (a machine that stood still for minutes) finds ou
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -125,24 +126,34 @@ def is_gone(holder: Holder, here: Holder) -> bool:
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> tuple[Holder | None, float] | None:
-    """The holder (None: not legible) and the time of its last sign of life; None: no claim."""
+def _read_bytes(path: Path) -> tuple[bytes, float] | None:
+    """A claim's content and the time of its last sign of life; None: no such file."""
     try:
         # Opening, unlike stat, asks a network file system's server.
         with path.open("rb") as file:
-            content, beat = file.read(2**16), os.fstat(file.fileno()).st_mtime
+            return file.read(2**16), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
+
+
+def _parsed(content: bytes) -> Holder | None:
+    """The holder a claim names; None: not legible."""
     try:
         values = json.loads(content)
         kinds = {f.name: int if f.name == "pid" else str for f in fields(Holder)}
         if not all(type(values[name]) is kind for name, kind in kinds.items()):
-            return None, beat
+            return None
         if values["job"] and values["job"].count("/") != 1:
-            return None, beat
-        return Holder(**{name: values[name] for name in kinds}), beat
+            return None
+        return Holder(**{name: values[name] for name in kinds})
     except (ValueError, KeyError, TypeError, RecursionError):
-        return None, beat
+        return None
+
+
+def _read(path: Path) -> tuple[Holder | None, float] | None:
+    """The present holder (None: not legible) and the time of its last sign of life; None: no claim."""
+    chain = _chain(path)
+    return (chain[-1].holder, chain[-1].beat) if chain else None
 
 
 def _create(path: Path, holder: Holder) -> bool:
@@ -167,18 +178,49 @@ def _create(path: Path, holder: Holder) -> bool:
         own.unlink(missing_ok=True)
 
 
-def _remove_stale(path: Path, stale: Holder | None, here: Holder) -> None:
-    """Take a stale claim away; a fresh one that has taken its place meanwhile is put back."""
-    aside = path.with_name(f"{path.name}.{here.nonce}.stale")
-    try:
-        os.rename(path, aside)
-    except FileNotFoundError:
-        return
-    found = _read(aside)
-    if found is not None and found[0] != stale:
-        with contextlib.suppress(OSError):
-            os.link(aside, path)
-    aside.unlink(missing_ok=True)
+@dataclass(frozen=True)
+class _Found:
+    """What a claim says: its holder (None: not legible), its last sign of life, and the name of its heir's file."""
+
+    holder: Holder | None
+    beat: float
+    heir: Path
+
+
+def _chain(path: Path) -> list[_Found]:
+    """The claim and its heirs, the present holder last; empty: no claim."""
+    found: list[_Found] = []
+    link = path
+    while (read := _read_bytes(link)) is not None:
+        content, beat = read
+        # Named after the content: an heir belongs to one claim and never to a later one in the same place.
+        heir = path.with_name(f"{path.name}.{hashlib.sha256(content).hexdigest()[:24]}.heir")
+        if any(heir == before.heir for before in found):
+            break
+        found.append(_Found(_parsed(content), beat, heir))
+        link = heir
+    return found
+
+
+def _take_over(path: Path, stale: _Found, here: Holder) -> bool:
+    """Become the heir of a stale claim; whether it succeeded.
+
+    The claim's place is never empty on the way, and one file, named after the stale claim, decides who is the heir: of
+    many newcomers exactly one makes it. A newcomer who comes so late that the heir has moved into the claim's place
+    and tidied up does not find itself at the end of the chain, and steps back.
+    """
+    if not _create(stale.heir, here):
+        return False
+    chain = _chain(path)
+    if not chain or chain[-1].holder != here:
+        stale.heir.unlink(missing_ok=True)
+        return False
+    own = path.with_name(f"{path.name}.{here.nonce}")
+    own.write_bytes(json.dumps(asdict(here)).encode())
+    os.replace(own, path)
+    for link in chain:
+        link.heir.unlink(missing_ok=True)
+    return True
 
 
 def _now(folder: Path, here: Holder) -> float:
@@ -196,15 +238,16 @@ def _acquire(folder: Path, here: Holder) -> None:
     first: tuple[Holder | None, float] | None = None
     started = time.monotonic()
     while not _create(path, here):
-        found = _read(path)
-        if found is None:
+        chain = _chain(path)
+        if not chain:
             continue  # released just now
-        holder, beat = found
+        holder, beat = found = chain[-1].holder, chain[-1].beat
         # The second, for a clock that was set back.
         age = max(_now(folder, here) - beat, time.monotonic() - started)
         if (holder is not None and is_gone(holder, here)) or age >= STALE_S:
-            logger.info("%s: taken over from %s, which has ended", folder, holder or "a process of unknown name")
-            _remove_stale(path, holder, here)
+            if _take_over(path, chain[-1], here):
+                logger.info("%s: taken over from %s, which has ended", folder, holder or "a process of unknown name")
+                return
             continue
         lives_here = holder is not None and (holder.host, holder.boot) == (here.host, here.boot) and holder.boot
         if lives_here or (first is not None and first != found):
