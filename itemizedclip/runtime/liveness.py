@@ -8,6 +8,7 @@ a rank loads, evaluates or waits.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -23,6 +24,8 @@ from itemizedclip.runtime.errors import EXIT_WRONG_FILE
 
 BEAT_S = 5.0
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def watched_ranks(rank: int, world_size: int, timeout_min: float) -> Iterator[None]:
@@ -36,11 +39,17 @@ def watched_ranks(rank: int, world_size: int, timeout_min: float) -> Iterator[No
     if not timeout_min or world_size == 1:
         yield
         return
-    # A connection of its own: the group's may be waiting for something.
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
-        timeout=timedelta(minutes=timeout_min),
-    )  # fmt: skip
+    try:
+        # A connection of its own: the group's may be waiting for something.
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+            timeout=timedelta(minutes=timeout_min),
+        )  # fmt: skip
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        logger.warning("the ranks do not watch each other (%s); a dead one shows after --dist-timeout", reason)
+        yield
+        return
     ended = threading.Event()
     watch = _Watch(store, rank, world_size, 60 * timeout_min)
     thread = threading.Thread(target=watch.run, args=(ended,), name="liveness", daemon=True)

@@ -53,12 +53,15 @@ def run_agent(argv: Sequence[str] | None, stop_asked: Callable[[], bool] = lambd
             return EXIT_NO_SPACE
         if EXIT_STOPPED in codes.values() and (stop_asked() or not own):
             return EXIT_STOPPED
-        first, _ = error.get_first_failure()
-        killed = [rank for rank, code in own.items() if code < 0]
-        rank = killed[0] if killed else first if first in own or not own else min(own)
-        code = codes[rank]
-        how = f"exit status {code}" if code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
-        print(f"the process of rank {rank} ended with {how}; its message stands above", file=sys.stderr)
+        # Which one failed first torchrun does not tell; one that hears nothing it kills with SIGKILL.
+        ranks: dict[str, int] = {}
+        for rank, code in sorted((own or codes).items()):
+            how = f"exit status {code}" if code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
+            ranks.setdefault(how, rank)
+        whose = "its message stands" if len(ranks) == 1 else "their messages stand"
+        told = "; ".join(f"the process of rank {rank} ended with {how}" for how, rank in ranks.items())
+        print(f"{told}; {whose} above", file=sys.stderr)
+        code = max((own or codes).values())
         return code if code >= 0 else 128 - code
     return 0
 

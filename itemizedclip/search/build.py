@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.images import decode_photograph
+from itemizedclip.data.workers import RoomyCollator, unpacked
 from itemizedclip.evaluation.encoding import EncodingOptions, encode_image_batch, evaluation_mode
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.runtime import collectives
@@ -147,7 +148,7 @@ def encode_chunks(
     """
     own = plan.chunks[collectives.rank() :: collectives.world_size()]
     images = [image for chunk in own for image in chunk.images]
-    loads = iter(_loader(folder, images, own, transform, options.encoding))
+    loads = map(unpacked, _loader(folder, images, own, transform, options.encoding))
     written = _Written()
     told = perf_counter()
     for chunk in own:
@@ -189,7 +190,8 @@ def _loader(
         batches += [list(range(start, min(start + encoding.batch_size, last))) for start in starts]
         first = last
     dataset = _Photographs(folder, images, transform)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=encoding.num_workers, collate_fn=_as_list)
+    collate = RoomyCollator(_as_list)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=encoding.num_workers, collate_fn=collate)
 
 
 def _sort_out(loaded: Sequence[_Loaded], chunk: Chunk, header: ShardHeader) -> list[Tensor]:

