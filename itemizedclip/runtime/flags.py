@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import tyro
 
 from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.logs import shown
 
 OptionsT = TypeVar("OptionsT")
 
@@ -43,7 +44,7 @@ def read_flags(
                 kind, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,), **more
             )
     except ValueError as error:  # tyro before 1.0 lets what a field's class raises through
-        print(f"{prog or Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{prog or Path(sys.argv[0]).name}: error: {shown(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -29,6 +29,7 @@ import tyro
 from itemizedclip.objectives.loss import ObjectiveOptions
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.flags import at_least, check, read_flags
+from itemizedclip.runtime.logs import shown
 from itemizedclip.runtime.processes import DistributedSettings, check_device_name
 
 OptionsT = TypeVar("OptionsT", bound="RunOptions")
@@ -296,7 +297,7 @@ def parse_run(
 
 
 def _exit_with(prog: str | None, message: str) -> typing.NoReturn:
-    print(f"{prog or Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{prog or Path(sys.argv[0]).name}: error: {shown(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 

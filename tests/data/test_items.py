@@ -222,7 +222,7 @@ def test_item_file_missing_or_not_text(tmp_path):
         load_item_lists(tmp_path / "absent.json")
     path = tmp_path / "latin.json"
     path.write_bytes(b'{"a": ["caf\xe9"]}')
-    with pytest.raises(ValueError, match=r"latin\.json: expected UTF-8 text with labels"):
+    with pytest.raises(ValueError, match=r"latin\.json: byte 11 is no UTF-8 text .* with labels"):
         read_json(path, holding="labels")
 
 

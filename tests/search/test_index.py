@@ -405,7 +405,9 @@ def test_wrong_settings(world, copy, tmp_path, capfd):
     assert "--shard-size is 0" in refused(capfd, *start, copy.checkpoint, "--shard-size", 0)
     assert "--max-bad-fraction is 2.0" in refused(capfd, *start, copy.checkpoint, "--max-bad-fraction", 2)
     assert "batch_size is 0" in refused(capfd, *start, copy.checkpoint, "--batch-size", 0)
-    assert "cannot be read as text" in refused(capfd, *start, copy.checkpoint, "--recall-queries", tmp_path / "no.txt")
+    assert "no such file; expected one query per line" in refused(
+        capfd, *start, copy.checkpoint, "--recall-queries", tmp_path / "no.txt"
+    )
     file = tmp_path / "file"
     file.write_text("")
     assert "an index cannot be kept there" in refused(capfd, *start, copy.checkpoint, "--output", file / "i")
@@ -571,7 +573,7 @@ def test_wrong_searches(world, tmp_path, capfd):
     assert "--top is 0" in said("a lake", *at, "--top", 0)
     assert "--candidates is -1" in said("a lake", *at, "--candidates", -1)
     assert "expected auto, cpu, cuda" in refused(capfd, "search", "a lake", *at, "--device", "tpu")
-    assert "cannot be read as text" in said(*at, "--queries", tmp_path / "none.txt")
+    assert "no such file; expected one query per line" in said(*at, "--queries", tmp_path / "none.txt")
     other = save_model(tmp_path / "other.pt", seed=1)
     assert "not the checkpoint that" in said("a lake", *at, "--checkpoint", other)
     assert "the checkpoint that" in said("a lake", *at, "--checkpoint", tmp_path / "none.pt")

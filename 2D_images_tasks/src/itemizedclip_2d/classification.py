@@ -26,6 +26,7 @@ from itemizedclip.models.factory import create_transform, load_pretrained
 from itemizedclip.runtime.collectives import is_main
 from itemizedclip.runtime.errors import reported_errors
 from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.logs import literal
 from itemizedclip.runtime.precision import resolve_precision
 from itemizedclip.runtime.processes import DistributedSettings, launch, on_main
 from itemizedclip_2d.rsicd import RSICD_CLASSES, RsicdDataset, load_class_labels
@@ -127,7 +128,7 @@ def evaluate(options: ClassificationOptions) -> dict[str, float]:
             write_results(output, report)
             console = Console()
             console.print(metrics_table(f"RSICD, 30 classes, {len(labelled)} images", metrics))
-            console.print(f"written to {output}", soft_wrap=True)
+            console.print(literal(f"written to {output}"), soft_wrap=True)
         return metrics
 
 

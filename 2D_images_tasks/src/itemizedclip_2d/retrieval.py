@@ -34,7 +34,7 @@ from itemizedclip.models.factory import create_transform, load_pretrained, trans
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.flags import read_flags
-from itemizedclip.runtime.logs import progress_bar
+from itemizedclip.runtime.logs import literal, progress_bar
 from itemizedclip.runtime.precision import resolve_precision
 from itemizedclip.runtime.processes import DistributedSettings, launch, on_main
 from itemizedclip_2d.retrieval_sets import RetrievalSet, Transform, coco_karpathy, coco_val2017, flickr30k
@@ -169,7 +169,7 @@ def evaluate(options: RetrievalOptions) -> dict[str, float]:
             write_results(output, EvaluationReport(dataset.name, "corrected", str(options.resume), metrics, facts))
             console = Console()
             console.print(table(dataset, options.scoring, metrics))
-            console.print(f"written to {output}", soft_wrap=True)
+            console.print(literal(f"written to {output}"), soft_wrap=True)
         return metrics
 
 

@@ -40,7 +40,7 @@ from itemizedclip.runtime.collectives import gather_objects
 from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.flags import read_flags
-from itemizedclip.runtime.logs import progress_bar
+from itemizedclip.runtime.logs import literal, progress_bar
 from itemizedclip.runtime.precision import Precision, resolve_precision
 from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, on_main
 from itemizedclip_radiology.benchmarks.benchmark import Benchmark, Protocol
@@ -556,8 +556,9 @@ def _report(
     console.print(measures.table)
     left_out = len(benchmark.missing) + len(scored.unusable)
     if left_out:
-        console.print(f"{left_out:,} listed studies are missing or cannot be read; see {path.name}", soft_wrap=True)
-    console.print(f"written to {' and '.join(map(str, written))}", soft_wrap=True)
+        line = f"{left_out:,} listed studies are missing or cannot be read; see {path.name}"
+        console.print(literal(line), soft_wrap=True)
+    console.print(literal(f"written to {' and '.join(map(str, written))}"), soft_wrap=True)
     return measures.metrics
 
 
