@@ -30,7 +30,7 @@ from itemizedclip.models.factory import LoadedModel, create_transform, load_pret
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.flags import read_flags
-from itemizedclip.runtime.logs import progress_bar
+from itemizedclip.runtime.logs import literal, progress_bar, shown
 from itemizedclip.runtime.precision import Precision, resolve_precision
 from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, on_main
 from itemizedclip.viewer.explanation import Explainer, Explanation
@@ -162,7 +162,7 @@ def explain_one(options: ExplainOptions, loaded: LoadedModel, texts: list[str], 
     written = write_with_progress(explanation, folder, options.files, facts, options.input)
     Console().print(score_table(explanation))
     if facts["cut_items"]:
-        print(f"Longer than the text tower reads, or just as long: {'; '.join(facts['cut_items'])}")
+        print(shown(f"Longer than the text tower reads, or just as long: {'; '.join(facts['cut_items'])}"))
     print_written(folder, written)
 
 
@@ -201,7 +201,7 @@ def print_written(folder: Path, written: Sequence[Path]) -> None:
     """Say what lies in the folder."""
     pictures = [path.name for path in written if path.suffix in (".png", ".pdf")]
     volumes = sum(path.name.endswith(".nii.gz") for path in written)
-    print(f"written to {folder.resolve()}: {', '.join([*pictures, written[-1].name])}", end="")
+    print(shown(f"written to {folder.resolve()}: {', '.join([*pictures, written[-1].name])}"), end="")
     print(f", {volumes} volumes in volumes/" if volumes else "")
 
 
@@ -284,8 +284,8 @@ def _report(options: ExplainOptions, name: str, metrics: dict[str, float], facts
     )
     for what, names in (("not in the folder", facts.get("missing")), ("without items", facts.get("without_items"))):
         if names:
-            console.print(f"{len(names):,} names {what} are left out, such as {names[0]}", soft_wrap=True)
-    console.print(f"written to {path}", soft_wrap=True, markup=False)
+            console.print(literal(f"{len(names):,} names {what} are left out, such as {names[0]}"), soft_wrap=True)
+    console.print(literal(f"written to {path}"), soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

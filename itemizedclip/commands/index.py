@@ -22,7 +22,7 @@ from itemizedclip.models.factory import CheckpointError, LoadedModel, create_tra
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256, read_lines
 from itemizedclip.runtime.flags import read_flags
-from itemizedclip.runtime.logs import progress_bar
+from itemizedclip.runtime.logs import literal, progress_bar
 from itemizedclip.runtime.precision import Precision, resolve_precision
 from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, on_main
 from itemizedclip.search.build import BuildReport, build_index
@@ -206,12 +206,11 @@ def print_report(console: Console, folder: Path, report: BuildReport, recall: Pr
         lines.append(f"{len(report.unreadable):,} unreadable images were skipped, the first: {first}")
     if report.others:
         lines.append(f"{report.others:,} other files are no images by their names and were passed over")
-    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+    console.print(literal("\n".join(lines)), soft_wrap=True)
     if recall is not None:
         measured = f"measured on {recall.queries}, {recall.num_images:,} images"
-        console.print(
-            f"Prefilter: share of the exact first {recall.k} among the candidates, {measured}", soft_wrap=True
-        )
+        line = f"Prefilter: share of the exact first {recall.k} among the candidates, {measured}"
+        console.print(literal(line), soft_wrap=True)
         console.print(recall_table(recall))
 
 

@@ -13,8 +13,10 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
+from itemizedclip.data.items import check_text
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import read_json, read_lines
+from itemizedclip.runtime.logs import literal
 from itemizedclip.runtime.processes import check_device_name
 from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.inputs import ModelInput
@@ -79,7 +81,7 @@ def check_texts_flags(flag: str, texts: str | None, file: Path | None, *, exampl
     """
     if texts is not None and file is not None:
         raise UserError(f"--{flag} and --{flag}-file: give one of them")
-    if texts is not None and not split_texts(texts):
+    if texts is not None and not split_texts(check_text(texts, f"--{flag}")):
         raise UserError(f'--{flag} holds no text; expected such as "{example}"')
 
 
@@ -121,9 +123,9 @@ def score_table(explanation: Explanation) -> Table:
     shares = explanation.share_of_views()
     for k, text in enumerate(explanation.items):
         numbers = [f"{maps.scores[k]:.3f}", f"{maps.nowhere[k]:.0%}", f"{maps.peaks[k]:.1f}×"]
-        row = [Text(str(k + 1)), Text(text), *map(Text, numbers)]
+        row: list[str | Text] = [str(k + 1), literal(text), *numbers]
         if len(views) > 1:
             most = int(shares[k].argmax())
-            row.append(Text(f"{views[most].name} {shares[k][most]:.0%}"))
+            row.append(literal(f"{views[most].name} {shares[k][most]:.0%}"))
         table.add_row(*row)
     return table

@@ -22,7 +22,7 @@ from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256, write_text
 from itemizedclip.runtime.flags import read_flags
-from itemizedclip.runtime.logs import logging_to_console
+from itemizedclip.runtime.logs import logging_to_console, shown
 from itemizedclip.runtime.precision import resolve_precision
 from itemizedclip.runtime.processes import choose_device
 from itemizedclip.viewer.explanation import Explainer
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _print_written(output: Path) -> None:
     size_mib = output.stat().st_size / 2**20
-    print(f"report {output.resolve()} ({size_mib:.1f} MiB)")
+    print(shown(f"report {output.resolve()} ({size_mib:.1f} MiB)"))
     if size_mib > LARGE_PAGE_MIB:
         print(f"Beyond {LARGE_PAGE_MIB} MiB browsers take seconds to open a page, and some refuse.")
 

@@ -14,13 +14,13 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from itemizedclip.commands.index import read_queries
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.items import check_text
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.flags import read_flags
-from itemizedclip.runtime.logs import logging_to_console
+from itemizedclip.runtime.logs import literal, logging_to_console
 from itemizedclip.runtime.processes import check_device_name
 from itemizedclip.search.index import Found, Hit, ImageIndex, open_index
 from itemizedclip.search.recall import PrefilterRecall
@@ -90,7 +90,8 @@ class SearchOptions:
         Raises:
             ValueError: none, or a file that cannot be read.
         """
-        texts = [*self.texts, *(read_queries(self.queries) if self.queries is not None else ())]
+        texts = [check_text(text, "TEXT") for text in self.texts]
+        texts += read_queries(self.queries) if self.queries is not None else []
         if not texts or any(not text.strip() for text in texts):
             raise UserError(f'no text to look for; expected such as: {PROG} "two planes near a hangar" --index INDEX')
         return texts
@@ -228,14 +229,14 @@ def write_output(report: SearchReport, folder: Path, upsampling: Upsampling) -> 
 def print_report(console: Console, report: SearchReport) -> None:
     """Tables and circumstances, for the terminal."""
     for one in report.found:
-        console.print(Text(one.text, style="bold"), soft_wrap=True)
+        console.print(literal(one.text), style="bold", soft_wrap=True)
         console.print(hit_table(one))
     lines = [
         "looked at: left,top–right,bottom in pixels, and how much of the text's attention rests there",
         report.recall_sentence(),
         f"searched in {report.search_seconds:.2f} s (model and index loaded in {report.load_seconds:.1f} s)",
     ]
-    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+    console.print(literal("\n".join(lines)), soft_wrap=True)
 
 
 def hit_table(found: Found) -> Table:
@@ -249,7 +250,7 @@ def hit_table(found: Found) -> Table:
     for hit in found.hits:
         left, top, right, bottom = hit.region.box
         box = f"{left},{top}–{right},{bottom}"
-        table.add_row(str(hit.rank), Text(hit.image.path), f"{hit.score:.3f}", box, f"{hit.region.share:.0%}")
+        table.add_row(str(hit.rank), literal(hit.image.path), f"{hit.score:.3f}", box, f"{hit.region.share:.0%}")
     return table
 
 

@@ -165,7 +165,8 @@ def _what_it_is(data: Path | BinaryIO) -> str:
 def _upright(picture: Image.Image, image: Image.Image) -> Image.Image:
     """`picture` as the EXIF orientation of `image`, which is loaded, asks; a damaged EXIF block asks for nothing."""
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
+        # Pillow turns a TIFF when it loads it, and some of its versions leave the note about it in place.
+        turn = None if image.format == "TIFF" else _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # Pillow's EXIF reader raises many types
         turn = None
     # Nothing of the file stays with the picture: saved again, its EXIF block would turn it twice.

@@ -19,6 +19,7 @@ import torch
 
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import read_json
+from itemizedclip.runtime.logs import shown
 
 ITEM_SEPARATOR = ". "
 """What stands between items joined into one text."""
@@ -147,6 +148,28 @@ def is_normal_study(items: Sequence[str], *, chest_ct: bool) -> bool:
     return first == "no significant abnormalities." or "study is unremarkable" in first.lower()
 
 
+def check_id(name: str, where: object) -> str:
+    """The name of an image or study as it is, which may be part of a path.
+
+    Raises:
+        UserError: it holds NUL, at which file systems and arrays of texts end a name.
+    """
+    if "\0" in name:
+        raise UserError(f"{where}: name {shown(name)[:80]!r} holds NUL; expected the name of an image or study")
+    return name
+
+
+def check_text(text: str, where: object) -> str:
+    """A text of the command line as it is.
+
+    Raises:
+        UserError: it holds bytes that are no UTF-8, which models do not read.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{where}: {shown(text)[:80]!r} is no UTF-8 text; type it anew, or give it in a file")
+    return text
+
+
 @overload
 def load_item_lists(path: str | Path, *, integer_keys: Literal[True]) -> dict[int, list[str]]: ...
 @overload
@@ -177,7 +200,7 @@ def load_item_lists(path: str | Path, *, integer_keys: bool = False) -> dict[Any
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             found = _json_type(items) if not isinstance(items, list) else "a list with other values in it"
             raise UserError(f"{path}: key {key!r}: expected a list of strings, found {found}")
-        name = _integer_key(path, key) if integer_keys else key
+        name = _integer_key(path, key) if integer_keys else check_id(key, path)
         if name in lists:
             raise UserError(f"{path}: key {key!r}: number {name} appears twice")
         lists[name] = [item.strip() for item in items if item.strip()]

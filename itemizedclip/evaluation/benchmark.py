@@ -23,7 +23,7 @@ from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import check_writable, file_sha256
 from itemizedclip.runtime.flags import read_flags
-from itemizedclip.runtime.logs import progress_bar
+from itemizedclip.runtime.logs import literal, progress_bar
 from itemizedclip.runtime.options import EvaluationOptions
 from itemizedclip.runtime.precision import resolve_precision
 from itemizedclip.runtime.processes import launch, main_first, on_main
@@ -161,5 +161,5 @@ def _report(options: BenchmarkOptions, subject: Subject, benchmark: Benchmark, m
     left_out = len(benchmark.missing) + len(benchmark.evaluator.unusable)
     if left_out:
         what = f"listed {benchmark.evaluator.unit} are missing or cannot be read"
-        console.print(f"{left_out:,} {what}; see {path.name}", soft_wrap=True)
-    console.print(f"written to {' and '.join(map(str, written))}", soft_wrap=True)
+        console.print(literal(f"{left_out:,} {what}; see {path.name}"), soft_wrap=True)
+    console.print(literal(f"written to {' and '.join(map(str, written))}"), soft_wrap=True)

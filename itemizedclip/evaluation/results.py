@@ -12,6 +12,7 @@ from rich.table import Table
 
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import write_json
+from itemizedclip.runtime.logs import literal
 
 Protocol = Literal["corrected", "published"]
 """Whether known defects of the published evaluation are corrected (the default everywhere) or reproduced."""
@@ -51,13 +52,13 @@ def write_results(path: str | Path, report: EvaluationReport) -> None:
 
 def metrics_table(title: str, metrics: Mapping[str, float], facts: Mapping[str, Any] | None = None) -> Table:
     """A rich table of measures, classes without an AUC among them; print it with a rich Console."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=literal(title), title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
-        table.add_row(name, format_measure(name, value))
+        table.add_row(literal(name), format_measure(name, value))
     for name in (facts or {}).get("undefined_classes", []):
-        table.add_row(f"auc/{name}", "undefined (one label value)")
+        table.add_row(literal(f"auc/{name}"), "undefined (one label value)")
     return table
 
 

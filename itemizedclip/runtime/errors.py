@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from itemizedclip.runtime.logs import shown
+
 EXIT_WRONG_FILE = 1
 """Exit status when something read, written or reached is not as needed."""
 
@@ -82,5 +84,5 @@ def reported_errors(prog: str | None = None) -> Iterator[None]:
 
 
 def _end(prog: str | None, message: str, exit_code: int = EXIT_WRONG_FILE) -> None:
-    print(f"{prog or Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{prog or Path(sys.argv[0]).name}: error: {shown(message)}", file=sys.stderr)
     raise SystemExit(exit_code) from None

@@ -1,12 +1,13 @@
 """Reading and writing files: whole or not at all, UTF-8, JSON that means what it says.
 
-Every text and JSON file that a user gives is read here, so that a byte-order mark, a lone surrogate, a NaN or a
-repeated key mean the same everywhere; every file of ours is written here.
+Every text, JSON and CSV file that a user gives is read here, so that a byte-order mark, a lone surrogate, a NaN, a
+repeated key or an open quote mean the same everywhere; every file of ours is written here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
 import json
@@ -16,7 +17,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -199,8 +200,11 @@ def read_text(path: str | Path, *, holding: str) -> str:
 
 
 def read_lines(path: str | Path, *, holding: str) -> list[str]:
-    """The lines of a text file, without outer white space and without blank ones; otherwise as `read_text`."""
-    return [line.strip() for line in read_text(path, holding=holding).splitlines() if line.strip()]
+    """The lines of a text file, without outer white space and without blank ones; otherwise as `read_text`.
+
+    Line feeds and carriage returns end a line, nothing else: a form feed or U+2028 is part of a text.
+    """
+    return [line.strip() for line in read_text(path, holding=holding).split("\n") if line.strip()]
 
 
 def read_json(path: str | Path, *, holding: str) -> Any:
@@ -218,27 +222,31 @@ def read_json(path: str | Path, *, holding: str) -> Any:
     return parse_json(read_text(path, holding=f"a JSON file with {holding}"), source=path, holding=holding)
 
 
-def parse_json(text: str, *, source: object, holding: str) -> Any:
+def parse_json(text: str | bytes, *, source: object, holding: str, finite: bool = True) -> Any:
     """JSON as the standard has it: no NaN or infinity, no key twice in one object, no half of a character.
 
     Args:
-        text: the JSON.
+        text: the JSON, or its bytes in UTF-8, of which a byte-order mark is no part.
         source: where it comes from, for messages.
         holding: what it should hold, for messages.
+        finite: False takes NaN and infinity, which others write into fields that are not ours.
 
     Raises:
         UserError: anything else, or nested too deeply.
     """
+    numbers: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
     try:
-        value = json.loads(
-            text, object_pairs_hook=_object_without_repeats, parse_constant=_no_constant, parse_float=_finite
-        )
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_object_without_repeats, **numbers)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except _RefusedError as error:
         raise UserError(f"{source}: {error}; expected {holding}") from None
     except RecursionError:
         raise UserError(f"{source}: nested too deeply; expected {holding}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: byte {error.start} is no UTF-8 text ({error.reason}); expected {holding}") from None
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         raise UserError(f"{source}: {half} is half of a character (a lone surrogate); expected {holding}") from None
@@ -271,3 +279,70 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise _RefusedError(f"{digits} is no number that a computer holds")
     return value
+
+
+class CsvRows:
+    """The rows of a CSV, read strictly: a quote that never closes is an error, not the end of the file.
+
+    Otherwise one study would silently get the findings of all that follow it.
+
+    Attributes:
+        line: first line of the row at hand, counted from 1.
+    """
+
+    def __init__(self, lines: Iterable[str], *, source: object, holding: str) -> None:
+        """Begin reading.
+
+        Args:
+            lines: of the text, their ends as they are (`newline=""`), without a byte-order mark (`utf-8-sig`).
+            source: where they come from, for messages.
+            holding: what the CSV should hold, for messages.
+        """
+        self.line = 1
+        self._rows = self._read(lines, source, f"a CSV with {holding}")
+
+    def __iter__(self) -> Iterator[list[str]]:
+        """The rows; raises UserError, which names the line where the row at hand begins."""
+        return self._rows
+
+    def __next__(self) -> list[str]:
+        return next(self._rows)
+
+    def _read(self, lines: Iterable[str], source: object, expected: str) -> Iterator[list[str]]:
+        reader = csv.reader(lines, strict=True)
+        try:
+            for row in reader:
+                yield row
+                self.line = reader.line_num + 1
+        except csv.Error as error:
+            reason = "a quote opens in it that never closes" if "end of data" in str(error) else str(error)
+            reason += " (a quote may be open)" if "limit" in reason or "expected after" in reason else ""
+            raise UserError(f"{source}: row starting at line {self.line}: {reason}; expected {expected}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{source}: is no UTF-8 text at or after line {self.line} ({error.reason}); expected {expected}: save "
+                "it as UTF-8"
+            ) from None
+
+
+@contextmanager
+def open_csv(path: str | Path, *, holding: str) -> Iterator[CsvRows]:
+    """The rows of a CSV file in UTF-8.
+
+    Args:
+        path: the file.
+        holding: what it should hold, for messages.
+
+    Raises:
+        MissingFileError: no such file.
+        UserError: it cannot be opened; see `CsvRows` for what is raised while rows are read.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file; expected a CSV with {holding}")
+    try:
+        file = path.open(newline="", encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a CSV with {holding}") from None
+    with file:
+        yield CsvRows(file, source=path, holding=holding)

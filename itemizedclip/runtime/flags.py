@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import tyro
 
 from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.logs import logging_to_console
+from itemizedclip.runtime.logs import logging_to_console, shown
 from itemizedclip.runtime.published_flags import without_published
 
 OptionsT = TypeVar("OptionsT")
@@ -55,7 +55,7 @@ def read_flags(
             check_numbers(options)
             return options
     except ValueError as error:  # tyro before 1.0 lets what a field's class raises through
-        print(f"{prog or Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{prog or Path(sys.argv[0]).name}: error: {shown(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -6,6 +6,7 @@ Progress is a bar on a terminal and a line a minute otherwise, in every command.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,26 @@ LINE_EVERY_S = 60.0
 
 OWN_PACKAGES = ("itemizedclip", "__main__")
 """What the names of the project's packages begin with: their log is shown; of others, warnings only."""
+
+# --- texts of others -------------------------------------------------------------------------------------------------
+
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys instead of showing it (all control characters but tab and line break, changes of direction),
+and halves of characters, which cannot be written."""
+
+
+def shown(text: object) -> str:
+    """A text as logs, messages and tables show it: what a terminal would obey is escaped, such as \\x1b.
+
+    Models get the text itself.
+    """
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def literal(text: object) -> Text:
+    """`shown` for a rich console or table, where "[red]" and ":warning:" stay what they are."""
+    return Text(shown(text))
+
 
 # --- the log ---------------------------------------------------------------------------------------------------------
 
@@ -78,7 +100,14 @@ def only_errors_of(name: str, *, enabled: bool = True) -> Iterator[None]:
         target.setLevel(level)
 
 
-class _Formatter(logging.Formatter):
+class _ShownFormatter(logging.Formatter):
+    """Lines hold nothing that a terminal obeys, whatever stands in names and items."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
+class _Formatter(_ShownFormatter):
     """Says "warning:" where one is meant; information comes as it is."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -111,7 +140,7 @@ def logging_to_file(folder: Path) -> Iterator[None]:
     """Append the project's log, and the error that ends the block, to log.txt of the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = _LogFile(folder / "log.txt", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_ShownFormatter("%(asctime)s %(levelname)s %(message)s"))
     with _handling(handler):
         try:
             yield
@@ -152,9 +181,10 @@ def progress_bar(label: str, *, enabled: bool = True) -> Iterator[OnProgress]:
     if not enabled or not console.is_terminal:
         yield _lines(label) if enabled else lambda done, to_do: None
         return
-    columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    name = TextColumn("{task.description}", markup=False)
+    columns = name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task(shown(label), total=None)
         yield lambda done, to_do: bar.update(task, completed=done, total=to_do)
 
 

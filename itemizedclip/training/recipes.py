@@ -26,6 +26,7 @@ from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import create_tokenizer, create_transform
 from itemizedclip.runtime.errors import EXIT_WRONG_FLAG, UserError, reported_errors
 from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.logs import shown
 from itemizedclip.runtime.processes import Ranks
 from itemizedclip.runtime.registry import Registry, unknown_name
 from itemizedclip.training.engine import TrainResult, train
@@ -264,5 +265,5 @@ def first_line(documented: Any) -> str:
 
 
 def _exit_with(prog: str | None, message: str) -> typing.NoReturn:
-    print(f"{prog or Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{prog or Path(sys.argv[0]).name}: error: {shown(message)}", file=sys.stderr)
     raise SystemExit(EXIT_WRONG_FLAG)

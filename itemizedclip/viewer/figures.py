@@ -28,6 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.logs import shown
 
 COLOUR_MAP = "inferno"
 """Perceptually uniform, told apart under every common colour blindness, and dark (colourless) where nothing is."""
@@ -444,6 +445,7 @@ def _line(points: float) -> float:
 
 def wrap_text(text: str, width: float, points: float) -> list[str]:
     """Lines of `text` no wider than `width` inches in the default font; ends in "…" after too many lines."""
+    text = shown(text)
     characters = max(4, int(width * 72 / (0.4 * points)))
     while True:
         lines = textwrap.wrap(text, characters, max_lines=_MAX_TITLE_LINES, placeholder=" …") or [""]

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.images import SUFFIXES, decode_mask
+from itemizedclip.data.items import check_id
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.files import read_json
@@ -177,6 +178,7 @@ def read_item_file(path: Path) -> dict[str, list[SetItem]]:
     for name, entries in content.items():
         if not isinstance(entries, list):
             raise UserError(f"{path}: key {name!r}: expected a list of items, found {type(entries).__name__}")
+        check_id(name, path)
         lists[name] = [_read_item(path, name, entry, number) for number, entry in enumerate(entries, start=1)]
     return lists
 

@@ -369,7 +369,7 @@ def test_every_path_reads_every_kind_alike(tmp_path, monkeypatch, loaded, checkp
     check(case, lambda: path(world, case.encoded), "photo")
 
 
-def test_an_index_of_every_kind(tmp_path, checkpoint, capsys):
+def test_an_index_of_every_kind(tmp_path, checkpoint, capsys, monkeypatch):
     """Built as a whole: what can be read is in, upright; what cannot is named."""
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -382,3 +382,8 @@ def test_an_index_of_every_kind(tmp_path, checkpoint, capsys):
     good = {n: case.pixels.shape[:2] for n, case in enumerate(CASES.values()) if case.pixels is not None}
     assert sizes == good
     assert [int(bad.path[:3]) for bad in manifest.unreadable] == [n for n in range(len(CASES)) if n not in good]
+    # Features of photographs that were decoded by another rule are not mixed with these.
+    monkeypatch.setattr("itemizedclip.commands.index.DECODER_VERSION", 1)
+    with pytest.raises(SystemExit):
+        cli(["index", str(folder), *flags])
+    assert "this index was made with another transform" in capsys.readouterr().err

@@ -105,16 +105,20 @@ def pack_12_bits(values: np.ndarray) -> bytes:
     return packed.astype(np.uint8).tobytes()
 
 
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
 def png_header(width: int, height: int) -> bytes:
     """The beginning of a PNG of any size, with next to nothing in it."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    content = png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    return b"\x89PNG\r\n\x1a\n" + header + content + png_chunk(b"IEND", b"")
 
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-    )
+def with_transparent_value(png: bytes, value: int) -> bytes:
+    """A PNG of greys, one of which is transparent; the header takes 33 bytes."""
+    return png[:33] + png_chunk(b"tRNS", struct.pack(">H", value)) + png[33:]
 
 
 def with_broken_exif(jpeg: bytes) -> bytes:
@@ -187,7 +191,7 @@ def photograph_cases() -> dict[str, Case]:
         "alpha: one colour of a PNG": Case(encode(image, "PNG", transparency=(250, 10, 10)), rgb_holed),
         "16 bits: PNG": Case(encode(Image.fromarray(sixteen), "PNG"), grey(unit)),
         "16 bits: PNG with a transparent value": Case(
-            encode(Image.fromarray(sixteen), "PNG", transparency=int(sixteen[0, 0])), sixteen_holed
+            with_transparent_value(encode(Image.fromarray(sixteen), "PNG"), int(sixteen[0, 0])), sixteen_holed
         ),
         "16 bits: TIFF": Case(tiff(sixteen.astype("<u2").tobytes(), bits=16), grey(unit)),
         "16 bits: TIFF, big-endian": Case(tiff(sixteen.astype(">u2").tobytes(), bits=16, order=">"), grey(unit)),

@@ -33,6 +33,7 @@ from torchvision import transforms
 
 from itemizedclip.data.batch import BadSampleError, ItemCollator
 from itemizedclip.data.items import diverse_sample, load_item_lists, sample_rng
+from itemizedclip.runtime.errors import UserError
 
 JPEG = encode_image(Image.new("RGB", (8, 8), (200, 30, 30)))
 CAPTIONS = ["a park lies beside a wide river with two bridges .", "many green trees stand around a small round pond ."]
@@ -112,7 +113,7 @@ def test_cell_beyond_the_limit_is_reported(tmp_path, monkeypatch):
         (b"filename,image\na,b\n", r"train\.csv: column 'captions' missing; expected .*found 'filename', 'image'"),
         (b"", r"column 'filename', 'captions', 'image' missing.*found an empty file"),
         (b"filename,captions,image\n", r"train\.csv: no row below the header"),
-        (b"filename,captions,image\na,\xff,b\n", r"train\.csv: not UTF-8 text"),
+        (b"filename,captions,image\na,\xff,b\n", r"train\.csv: is no UTF-8 text at or after line 1"),
     ],
 )
 def test_files_that_are_no_rsicd_csv(tmp_path, content, message):
@@ -307,11 +308,16 @@ def test_bad_row_stops_with_file_row_and_reason(tmp_path, cells, reason):
     assert not marker.exists()
 
 
-def test_row_cut_short_is_a_bad_row(tmp_path):
+def test_row_cut_short(tmp_path):
     path = write_rsicd_csv(tmp_path / "train.csv", [GOOD_ROW, GOOD_ROW])
-    path.write_bytes(path.read_bytes()[: -len(GOOD_ROW[2]) - 10])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(GOOD_ROW[0].encode()) + 9])
     with pytest.raises(BadSampleError, match=r"row 1 .*: the row has not as many fields as the header"):
         open_dataset(path)
+    # Within a quoted cell the file has lost no one knows how many rows.
+    path.write_bytes(whole[: -len(GOOD_ROW[2]) - 10])
+    with pytest.raises(UserError, match=r"train\.csv: row starting at line 4: a quote opens in it that never closes"):
+        open_dataset(path, on_bad_sample="skip")
 
 
 def test_skipped_rows_are_listed_and_do_not_shift_the_others(tmp_path, caplog):

@@ -261,7 +261,7 @@ def test_report_table_replaces_reports(cohort, tmp_path, capsys):
         (b"NOBODY,1. Acute stroke.\n", "none of its 1 studies (NOBODY, \u2026) is in"),
         (b"MRI5TRAIN00000,no number\n", "line 1: study 'MRI5TRAIN00000'"),
         (b"MRI5TRAIN00000,1. a,1. b\n", "line 1: 3 columns"),
-        (b"\xff\xfe\x00,1. a\n", "is no text in UTF-8"),
+        (b"\xff\xfe\x00,1. a\n", "is no UTF-8 text"),
     ):
         table.write_bytes(content)
         assert expected in fails(capsys, train, *here), content
@@ -589,8 +589,8 @@ def test_wrong_evaluation_flags_give_one_message(cohort, trained, tmp_path, caps
         (rsna, [*here, *data, "--labels", "/nowhere.csv"], "/nowhere.csv"),
         (rsna, [*here, *data, "--study-lists", str(unknown)], "ID_0000000000"),
         (rsna, [*here, "--data-dir", "/nowhere"], "/nowhere"),
-        (rsna, [*here, *data, "--labels", str(binary)], "no text in UTF-8"),
-        (rsna, [*here, *data, "--study-lists", str(binary)], "no text in UTF-8"),
+        (rsna, [*here, *data, "--labels", str(binary)], "no UTF-8 text"),
+        (rsna, [*here, *data, "--study-lists", str(binary)], "no UTF-8 text"),
         (rsna, [*here, *data, "--output", str(wrong / "out")], "another folder with --output"),
         (rsna, [*here, *data, "--output", str(wrong)], "another folder with --output"),
         (rsna, [*here, *data, "--batch-size", "0"], "--batch-size"),

@@ -172,7 +172,7 @@ def test_a_number_of_processes_that_is_none(project):
 
 def test_a_failing_process_leaves_its_message_last_but_one(project):
     """torchrun's own end is a trace of forty lines, under which the message is lost."""
-    (project / "worker.py").write_text("import sys\nprint('worker: no such folder', file=sys.stderr)\nsys.exit(3)")
+    (project / "worker.py").write_text("import sys\nsys.stderr.write('worker: no such folder\\n')\nsys.exit(3)")
     done = run_toy(project, GPUS="2")
     assert done.returncode == 3
     assert "Traceback" not in done.stderr

@@ -430,8 +430,8 @@ def test_an_address_may_hold_any_bytes():
 
 def test_questions_are_checked():
     wrong = {
-        b"not json": "no JSON",
-        b"\xff\xfe": "no JSON",
+        b"not json": "not valid JSON",
+        b"\xff\xfe": "no UTF-8 text",
         b"[1]": "no list of texts",
         b'{"items": "x"}': "no list of texts",
         b'{"items": [1]}': "no list of texts",
@@ -445,7 +445,7 @@ def test_questions_are_checked():
     with serving() as server:
         status, contents, _ = send(server, "POST", f"/{server.token}/{ASK_PATH}", b"not json")
         assert status == 400
-        assert "no JSON" in json.loads(contents)["error"]
+        assert "not valid JSON" in json.loads(contents)["error"]
 
 
 def test_a_failing_model_is_told_to_the_page_and_the_server_lives_on(caplog):

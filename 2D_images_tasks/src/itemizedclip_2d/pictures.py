@@ -16,15 +16,15 @@ from typing import Literal, Protocol
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from itemizedclip.data.items import check_text
 from itemizedclip.evaluation.attention import ItemMaps
 from itemizedclip.models.factory import CheckpointError, LoadedModel, load_pretrained
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.tokenizers import ClipTokenizer
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import check_writable
-from itemizedclip.runtime.logs import progress_bar
+from itemizedclip.runtime.logs import literal, progress_bar, shown
 from itemizedclip.runtime.processes import check_device_name, choose_device
 from itemizedclip.viewer.explanation import Explanation, explain_input
 from itemizedclip.viewer.files import write_pictures
@@ -79,7 +79,7 @@ class SelectionSettings:
         """The texts of --items, or None."""
         if self.items is None:
             return None
-        return [text.strip() for text in self.items.split(";") if text.strip()]
+        return [text.strip() for text in check_text(self.items, "--items").split(";") if text.strip()]
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def visualize(options: VisualizeOptions, open_source: Callable[[], PictureSource
     if cut:
         print(f"Longer than the text tower reads, or just as long: {', '.join(cut)}")
     names = written[0].name if len(written) == 1 else f"{written[0].name} … {written[-1].name}"
-    print(f"Pictures in {output.resolve()} ({len(written)}): {names}")
+    print(shown(f"Pictures in {output.resolve()} ({len(written)}): {names}"))
 
 
 def _score_table() -> Table:
@@ -283,7 +283,7 @@ def _add_scores(table: Table, picture: Picture, maps: ItemMaps) -> None:
         table.add_row(
             str(picture.number) if k == 0 else "",
             str(k + 1),
-            Text(text),
+            literal(text),
             f"{maps.scores[k]:.3f}",
             f"{maps.nowhere[k]:.0%}",
             f"{maps.peaks[k]:.1f}×",

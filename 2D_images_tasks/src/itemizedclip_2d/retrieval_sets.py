@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from itemizedclip.data.batch import ItemSample
 from itemizedclip.data.images import decode_photograph
+from itemizedclip.data.items import check_id
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.files import file_sha256, read_json
 
@@ -305,7 +306,7 @@ def _image_name(image: Mapping[str, Any], name: str, where: str) -> Path:
 
 def _plain_path(name: str, where: str) -> Path:
     """A relative path that stays below its folder."""
-    path = PurePosixPath(name)
+    path = PurePosixPath(check_id(name, where))
     if not name or path.is_absolute() or ".." in path.parts:
         raise UserError(f"{where}: image {name[:80]!r}; expected a relative path below the data folder")
     return Path(path)

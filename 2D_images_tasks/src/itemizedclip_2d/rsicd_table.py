@@ -35,6 +35,7 @@ from PIL import Image
 from itemizedclip.data.images import decode_photograph
 from itemizedclip.data.literals import LiteralError, parse_flat_record, parse_string_array
 from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.files import CsvRows
 from itemizedclip.runtime.logs import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -282,29 +283,18 @@ def _read_rows(csv_path: Path, source: _HashedFile) -> Iterator[tuple[int, dict[
     Empty lines are no rows, as in pandas, whose row numbers the item files use.
     """
     text = io.TextIOWrapper(io.BufferedReader(source, 2**20), encoding="utf-8-sig", newline="")
-    reader = csv.reader(text)
-    line = 1
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        missing = [name for name in COLUMNS if name not in header]
-        if missing:
-            found = ", ".join(ascii(name[:40]) for name in header[:10]) or "an empty file"
-            raise UserError(
-                f"{csv_path}: column {', '.join(map(repr, missing))} missing; expected a header with "
-                f"{', '.join(COLUMNS)}, found {found}"
-            )
-        line = reader.line_num + 1
-        for fields in reader:
-            if fields:
-                yield line, dict(zip(header, fields)) if len(fields) == len(header) else None
-            line = reader.line_num + 1
-    except csv.Error as error:
+    rows = CsvRows(text, source=csv_path, holding=f"the columns {', '.join(COLUMNS)}")
+    header = [name.strip() for name in next(rows, [])]
+    missing = [name for name in COLUMNS if name not in header]
+    if missing:
+        found = ", ".join(ascii(name[:40]) for name in header[:10]) or "an empty file"
         raise UserError(
-            f"{csv_path}: row starting at line {line}: {error}; "
-            "expected a CSV whose quotes are closed. Download the file again."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{csv_path}: not UTF-8 text: {error}. Download the file again.") from None
+            f"{csv_path}: column {', '.join(map(repr, missing))} missing; expected a header with "
+            f"{', '.join(COLUMNS)}, found {found}"
+        )
+    for fields in rows:
+        if fields:
+            yield rows.line, dict(zip(header, fields)) if len(fields) == len(header) else None
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import os
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.images import DECODER_VERSION, decode_photograph
 from itemizedclip.data.preflight import PreflightError
 from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.files import read_json, written_whole
+from itemizedclip.runtime.files import parse_json, read_json, written_whole
 from itemizedclip.runtime.logs import progress_bar
 from itemizedclip_2d.packed_items import PackedItems
 from itemizedclip_2d.rsicd_table import CACHE_FOLDER
@@ -55,7 +56,7 @@ MAX_SHARDS = 100_000
 
 SHARD_REMEDY = "Download the shard again."
 
-_INDEX_FORMAT = 1
+_INDEX_FORMAT = 2
 _READ_BYTES = 2**20
 _BUILD_THREADS = 4
 
@@ -78,6 +79,19 @@ def no_index(key: str) -> str:
     return (
         f"key {key[:40]!r} gives no index into the item file; expected digits whose last four, the position in the "
         f"shard, are below {SAMPLES_PER_SHARD}, or a JSON field index"
+    )
+
+
+def endings_found(shards: Sequence[ShardIndex]) -> str:
+    """A sentence for shards without a usable sample: what their members end in, and what is expected."""
+    counts: Counter[str] = Counter()
+    for shard in {shard.path: shard for shard in shards}.values():
+        counts.update(shard.extensions)
+    listed = [f"{'.' + ending if ending else 'nothing'} ({count:,})" for ending, count in counts.most_common(8)]
+    found = f"members that end in {', '.join(listed)}{', …' if len(counts) > 8 else ''}" if listed else "no member"
+    return (
+        f"expected for each sample a member <key>.{'|'.join(IMAGE_EXTENSIONS)} and <key>.json, where <key> has no full "
+        f"stop; found {found}"
     )
 
 
@@ -196,6 +210,7 @@ class ShardIndex:
         bad: (sample, reason) of samples that cannot be used.
         damage: why the tar file could not be read to its end; "" if it could.
         digest: identity of the content.
+        extensions: endings of all members and how many have each, read or not.
     """
 
     path: Path
@@ -208,6 +223,7 @@ class ShardIndex:
     bad: list[tuple[str, str]]
     damage: str
     digest: str
+    extensions: dict[str, int]
 
     def __len__(self) -> int:
         """Samples that can be used, as far as the index tells."""
@@ -217,7 +233,7 @@ class ShardIndex:
         """Write the index; the file appears whole or not at all."""
         arrays: dict[str, Any] = {name: getattr(self, name) for name in ("keys", "names", "indices", "starts", "sizes")}
         arrays |= self.captions.arrays("captions")
-        rest = json.dumps({"bad": self.bad, "damage": self.damage, "digest": self.digest})
+        rest = json.dumps({name: getattr(self, name) for name in ("bad", "damage", "digest", "extensions")})
         with written_whole(path) as file:
             np.savez(file, rest=np.array(rest), **arrays)
 
@@ -234,6 +250,7 @@ class ShardIndex:
             bad=[(name, reason) for name, reason in rest["bad"]],
             damage=rest["damage"],
             digest=rest["digest"],
+            extensions=rest["extensions"],
         )
 
 
@@ -262,8 +279,9 @@ def read_shard(path: Path, *, caption_field: str, decode_images: bool) -> ShardI
         PreflightError: a compressed tar file, which allows no random access, or one that cannot be opened.
     """
     groups: dict[str, _Members] = {}
+    endings: Counter[str] = Counter()
     try:
-        damage = _read_members(path, groups, decode_images=decode_images)
+        damage = _read_members(path, groups, endings, decode_images=decode_images)
     except OSError as error:
         reason = error.strerror or error
         raise PreflightError(f"{path}: cannot be read ({reason}); check the disk and the permissions") from error
@@ -286,11 +304,12 @@ def read_shard(path: Path, *, caption_field: str, decode_images: bool) -> ShardI
     return ShardIndex(
         path, np.array(keys, str), np.array(names, str), np.array(indices, np.int64), np.array(starts, np.int64),
         np.array(sizes, np.int64), PackedItems.pack(captions), bad, damage, digest.hexdigest(),
+        dict(endings),
     )  # fmt: skip
 
 
-def _read_members(path: Path, groups: dict[str, _Members], *, decode_images: bool) -> str:
-    """Fill `groups`, in file order; returns why the file could not be read to its end, or ""."""
+def _read_members(path: Path, groups: dict[str, _Members], endings: Counter[str], *, decode_images: bool) -> str:
+    """Fill `groups`, in file order, and `endings`; returns why the file could not be read to its end, or ""."""
     # A large buffer makes one sequential read of the many small ones.
     with open(path, "rb", buffering=_READ_BYTES) as file:
         magic = file.read(2)
@@ -304,6 +323,7 @@ def _read_members(path: Path, groups: dict[str, _Members], *, decode_images: boo
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     if member.isreg():
+                        endings[os.path.basename(member.name).partition(".")[2].lower()] += 1
                         _take_member(tar, member, groups, decode_images=decode_images)
                 file.seek(tar.offset)
                 # tarfile stops without a word at a damaged header and at a file that ends between two members; a
@@ -357,14 +377,17 @@ def _read_sample(name: str, members: _Members, caption_field: str) -> tuple[str,
     if members.json_text is None:
         raise BadSampleError(f"no member {name}.json; expected one with the sample's key")
     try:
-        fields = json.loads(members.json_text)
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError(f"{name}.json: not valid JSON ({error})") from None
+        # Downloaders write NaN into fields that are not read here.
+        fields = parse_json(members.json_text, source=f"{name}.json", holding="the sample's key", finite=False)
+    except UserError as error:
+        raise BadSampleError(str(error)) from None
     if not isinstance(fields, dict):
         raise BadSampleError(f"{name}.json: expected an object with the sample's key")
     key = fields.get("key", PurePosixPath(name).name)
     if not isinstance(key, str):
         raise BadSampleError(f"{name}.json: field key is {str(key)[:40]!r}; expected a string such as '000120034'")
+    if "\0" in key:
+        raise BadSampleError(f"{name}.json: field key {key[:40]!r} holds NUL; expected a string such as '000120034'")
     return key, _index_of(name, key, fields.get("index")), fallback_items(fields.get(caption_field))
 
 

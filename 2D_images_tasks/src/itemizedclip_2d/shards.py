@@ -41,7 +41,7 @@ from itemizedclip.data.preflight import PreflightError
 from itemizedclip.data.sampler import EpochSampler, Key
 from itemizedclip.runtime.processes import stable_seed
 from itemizedclip_2d.packed_items import PackedItems
-from itemizedclip_2d.shard_index import SHARD_REMEDY, ShardIndex, listed_counts, no_index
+from itemizedclip_2d.shard_index import SHARD_REMEDY, ShardIndex, endings_found, listed_counts, no_index
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +248,9 @@ class ShardDataset(Dataset[ItemSample]):
         self.num_bad = len(reasons) + lost
         total = len(self._row) + sum(len(shard.bad) for shard in self.shards) + lost
         if not total:
-            raise PreflightError(f"the shards hold no sample; the first is {self.shards[0].path}")
+            raise PreflightError(
+                f"the shards hold no sample, the first is {self.shards[0].path}: {endings_found(self.shards)}"
+            )
         problems = damages + reasons
         if not problems:
             return
@@ -257,7 +259,7 @@ class ShardDataset(Dataset[ItemSample]):
             listed += f"\n  and {len(problems) - _MAX_LISTED} more"
         summary = f"{self.num_bad} of {total} samples cannot be used:\n{listed}"
         if self.num_bad == total:
-            raise PreflightError(f"{summary}\nNo sample is left; expected members <key>.jpg and <key>.json.")
+            raise PreflightError(f"{summary}\nNo sample is left: {endings_found(self.shards)}.")
         if on_bad_sample == "stop":
             raise PreflightError(f"{summary}\nFix the shards, or leave these out with --on-bad-sample skip.")
         if self.num_bad > max_bad_fraction * total:

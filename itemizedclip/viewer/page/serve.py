@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +51,9 @@ def read_question(body: bytes) -> list[str]:
         QuestionError: anything else.
     """
     try:
-        contents = json.loads(body)
-    except ValueError:
-        raise QuestionError('the question is no JSON; expected {"items": ["a text", …]}') from None
+        contents = parse_json(body, source="the question", holding='{"items": ["a text", …]}')
+    except UserError as error:
+        raise QuestionError(str(error)) from None
     items = contents.get("items") if isinstance(contents, dict) else None
     if not isinstance(items, list) or not all(isinstance(text, str) for text in items):
         raise QuestionError('the question holds no list of texts; expected {"items": ["a text", …]}')

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from itemizedclip.runtime.errors import MissingFileError, UserError
-from itemizedclip.runtime.files import written_whole
-
-if TYPE_CHECKING:
-    from _csv import Reader
+from itemizedclip.data.items import check_id
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import open_csv, written_whole
 
 _VALUES = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "-1": -1, "-1.0": -1}
 
@@ -73,32 +69,6 @@ def column_key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-@contextmanager
-def open_csv(path: str | Path, *, holding: str) -> Iterator[Reader]:
-    """A reader of the rows of a CSV in UTF-8.
-
-    Args:
-        path: the file.
-        holding: what the file should hold, for messages.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: bytes that are no text, or text that is no CSV; raised while rows are read.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file; expected a CSV with {holding}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        # Strict: a quote that never closes would give one patient the findings of the next ones.
-        reader = csv.reader(file, strict=True)
-        try:
-            yield reader
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: is no text in UTF-8; expected a CSV with {holding}: save it as UTF-8") from None
-        except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num}: {error}; expected a CSV with {holding}") from None
-
-
 def read_label_csv(
     path: str | Path,
     *,
@@ -122,19 +92,20 @@ def read_label_csv(
             row; names file, line and column.
     """
     path = Path(path)
-    with open_csv(path, holding=f"the columns {id_columns[0]}, …") as reader:
-        header = next(reader, [])
+    with open_csv(path, holding=f"the columns {id_columns[0]}, …") as rows:
+        header = next(rows, [])
         id_at = _find_column(path, header, id_columns)
         class_at = {name: _find_column(path, header, [column]) for name, column in class_columns.items()}
         labels: dict[str, tuple[int, ...]] = {}
-        for row in reader:
+        for row in rows:
             if not row:
                 continue
-            where = f"{path}: line {reader.line_num}"
+            where = f"{path}: line {rows.line}"
             if len(row) != len(header):
                 raise UserError(f"{where}: {len(row)} values for {len(header)} columns; expected one per column")
+            given = check_id(row[id_at], where)
             try:
-                name = normalise_id(row[id_at])
+                name = normalise_id(given)
             except ValueError as error:
                 raise UserError(f"{where}: column {header[id_at]!r}: {error}") from None
             values = tuple(_value(where, header[at], row[at]) for at in class_at.values())
@@ -151,10 +122,10 @@ def header_of(path: str | Path) -> list[str]:
     """Column names of a CSV.
 
     Raises:
-        FileNotFoundError, ValueError: see `open_csv`.
+        FileNotFoundError, ValueError: see `itemizedclip.runtime.files.open_csv`.
     """
-    with open_csv(path, holding="labels") as reader:
-        return next(reader, [])
+    with open_csv(path, holding="labels") as rows:
+        return next(rows, [])
 
 
 def has_column(header: Sequence[str], name: str) -> bool:

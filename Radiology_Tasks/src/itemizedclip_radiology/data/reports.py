@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.items import check_id
 from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.files import read_json
-from itemizedclip_radiology.data.label_table import open_csv
+from itemizedclip.runtime.files import open_csv, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +62,22 @@ def report_items(report: object) -> list[str]:
 
 
 def read_report_table(path: str | Path) -> dict[str, list[str]]:
-    """Items by study from a CSV of two columns, study and numbered text, without a header line.
+    """Items by study from a CSV of two columns, study and numbered text; a first line "study,report" is no row.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a row of another width, a study that stands twice, or a text without numbered lines.
+        ValueError: a row of another width, a study that stands twice, a text without numbered lines, or a quote that
+            never closes.
     """
     reports: dict[str, list[str]] = {}
-    with open_csv(path, holding="two columns, study and numbered report text") as reader:
-        for row in reader:
-            where = f"{path}: line {reader.line_num}"
-            if not row:
+    with open_csv(path, holding="two columns, study and numbered report text") as rows:
+        for row in rows:
+            where = f"{path}: line {rows.line}"
+            if not row or (rows.line == 1 and [name.strip().lower() for name in row] == ["study", "report"]):
                 continue
             if len(row) != 2:
                 raise UserError(f"{where}: {len(row)} columns; expected 2, study and numbered report text")
-            if row[0] in reports:
+            if check_id(row[0], where) in reports:
                 raise UserError(f"{where}: study {row[0]!r} stands twice; keep one of the rows")
             try:
                 reports[row[0]] = report_items(row[1])
@@ -131,7 +132,7 @@ class StudyIndex:
             try:
                 if not isinstance(entry, dict):
                     raise UserError(f"expected an object, found {json.dumps(entry)[:60]}")
-                checked = check_entry(study, entry)
+                checked = check_entry(check_id(study, "key"), entry)
             except ValueError as error:
                 message = f"{path}: study {study!r}: {error}"
                 if on_bad_sample == "stop":

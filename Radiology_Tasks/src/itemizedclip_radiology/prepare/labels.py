@@ -29,7 +29,7 @@ import pandas as pd
 import tyro
 
 from itemizedclip.runtime.errors import MissingFileError, UserError
-from itemizedclip.runtime.files import written_whole
+from itemizedclip.runtime.files import open_csv, written_whole
 from itemizedclip_radiology.benchmarks.chest_ct import (
     CT_RATE_COLUMNS,
     CT_RATE_VALID_POSITIVES,
@@ -40,7 +40,7 @@ from itemizedclip_radiology.benchmarks.chest_ct import (
 )
 from itemizedclip_radiology.benchmarks.head_ct import CQ500_COLUMNS, CQ500_POSITIVES, RSNA_COLUMNS, cq500_id
 from itemizedclip_radiology.data.ct_rate_tree import parse_volume_name
-from itemizedclip_radiology.data.label_table import LabelTable, column_key, count_differences, open_csv, write_label_csv
+from itemizedclip_radiology.data.label_table import LabelTable, column_key, count_differences, write_label_csv
 
 # --- RSNA ------------------------------------------------------------------------------------------------------------
 
@@ -86,21 +86,21 @@ def _slice_labels(labels_csv: Path) -> dict[str, bytearray]:
     value_of = {"0": 0, "1": 1}
     images: dict[str, bytearray] = {}
     # Four and a half million rows: a plain loop over the file needs a tenth of a data frame's memory.
-    with open_csv(labels_csv, holding="RSNA's slice labels (stage_2_train.csv)") as reader:
-        header = next(reader, [])
+    with open_csv(labels_csv, holding="RSNA's slice labels (stage_2_train.csv)") as rows:
+        header = next(rows, [])
         if [name.strip() for name in header] != ["ID", "Label"]:
             raise UserError(f"{labels_csv}: columns {', '.join(header) or 'none'}; expected ID, Label")
-        for row in reader:
+        for row in rows:
             image, _, kind = row[0].rpartition("_") if len(row) == 2 else ("", "", "")
             column, value = column_of_type.get(kind), value_of.get(row[-1]) if row else None
             if column is None or value is None or not image.startswith("ID_"):
                 raise UserError(
-                    f"{labels_csv}: line {reader.line_num}: {','.join(row)}; expected ID_<image>_<type>,0 or 1 with a "
+                    f"{labels_csv}: line {rows.line}: {','.join(row)}; expected ID_<image>_<type>,0 or 1 with a "
                     f"type of {', '.join(column_of_type)}"
                 )
             labels = images.setdefault(image, bytearray([unset] * len(RSNA_COLUMNS)))
             if labels[column] not in (unset, value):
-                raise UserError(f"{labels_csv}: line {reader.line_num}: {image}, {kind}: has rows with 0 and with 1")
+                raise UserError(f"{labels_csv}: line {rows.line}: {image}, {kind}: has rows with 0 and with 1")
             labels[column] = value
     incomplete = [image for image, labels in images.items() if unset in labels]
     if incomplete or not images:
