@@ -49,6 +49,7 @@ SPLIT_SHARES = {"train": 0.7, "valid": 0.1, "test": 0.2}
 ClassPair = tuple[int, int]
 """One class: (row of COLOURS, digit 0 … 9)."""
 
+_PALETTE = np.array(list(COLOURS.values()), dtype=np.int32)
 _POSITIONS_PER_ITEM = 48
 _LAYOUT_ATTEMPTS = 64
 _COLOUR_JITTER = 12  # grey levels per channel
@@ -289,8 +290,13 @@ def split_glyphs(split: str) -> tuple[tuple[int, ...], ...]:
 
 def _digest(*parts: object) -> bytes:
     """sha256 of values that say everything a random stream, or a data set, depends on. Level names don't count."""
-    plain = [{**asdict(part), "name": ""} if isinstance(part, SceneLevel) else part for part in parts]
-    return hashlib.sha256(json.dumps([GENERATOR_VERSION, *plain]).encode()).digest()
+    texts = [_level_text(part) if isinstance(part, SceneLevel) else json.dumps(part) for part in parts]
+    return hashlib.sha256(f"[{GENERATOR_VERSION}, {', '.join(texts)}]".encode()).digest()
+
+
+@lru_cache(maxsize=64)
+def _level_text(level: SceneLevel) -> str:
+    return json.dumps({**asdict(level), "name": ""})
 
 
 def _generator(*parts: object) -> np.random.Generator:
@@ -306,11 +312,18 @@ class _Glyph:
     halo: np.ndarray  # bool: ink and its eight neighbours
 
 
+def _framed(image: np.ndarray) -> np.ndarray:
+    """With a margin of one pixel of 0; a tenth of the time of np.pad."""
+    framed = np.zeros((image.shape[0] + 2, image.shape[1] + 2), dtype=image.dtype)
+    framed[1:-1, 1:-1] = image
+    return framed
+
+
 @lru_cache(maxsize=16384)
 def _glyph(row: int, height_px: int) -> _Glyph:
     """Handwritten digit `row` of the set, cut to its pen strokes and enlarged to `height_px`."""
     images, _ = _handwriting()
-    coverage = np.pad(images[row], 1)
+    coverage = _framed(images[row])
     rows, columns = np.flatnonzero((coverage > 50).any(1)), np.flatnonzero((coverage > 50).any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     width_px = max(1, round((right - left) * height_px / (bottom - top)))
@@ -320,7 +333,7 @@ def _glyph(row: int, height_px: int) -> _Glyph:
     # Enlarged as they are, 8 × 8 cells look out of focus and the holes of 4, 6, 8 fill up: sharpen by one cell.
     sharp = enlarged.filter(ImageFilter.UnsharpMask(radius=height_px / 8, percent=150, threshold=0))
     steep = np.clip((np.asarray(sharp, dtype=np.int32) - 95) * 255 // 110, 0, 255)
-    alpha = np.pad(steep.astype(np.uint8), 1)
+    alpha = _framed(steep.astype(np.uint8))
     ink = alpha >= _INK_ALPHA
     halo = np.asarray(Image.fromarray(ink.astype(np.uint8)).filter(ImageFilter.MaxFilter(3)), dtype=bool)
     return _Glyph(alpha, ink, halo)
@@ -397,6 +410,10 @@ def _place(
         spots = (draws[k] * (size - height + 1, size - width + 1)).astype(int) // level.snap_px * level.snap_px
         for top, left in spots.tolist():
             window = owner[top : top + height, left : left + width]
+            if level.max_overlap == 0:
+                if (window[glyph.halo] < 0).all():
+                    break
+                continue
             hidden = np.bincount(window[glyph.ink] + 1, minlength=k + 1)[1:].tolist()
             touched = np.bincount(window[glyph.halo] + 1, minlength=k + 1)[1:].tolist()
             if all(
@@ -407,9 +424,10 @@ def _place(
         else:
             return None
         window[glyph.ink] = k
-        may_lose = [allowed - lost for lost, allowed in zip(hidden, may_lose)]
-        may_lose.append(int(level.max_overlap * int(glyph.ink.sum())))
         corners.append((top, left))
+        if level.max_overlap > 0:
+            may_lose = [allowed - lost for lost, allowed in zip(hidden, may_lose)]
+            may_lose.append(int(level.max_overlap * int(glyph.ink.sum())))
     return corners, owner
 
 
@@ -445,21 +463,18 @@ def _render(level: SceneLevel, pairs: list[ClassPair], split: str, rng: np.rando
     corners, owner = layout
 
     canvas = _background(level, rng)
-    palette = np.array(list(COLOURS.values()), dtype=np.int32)
-    _scatter_distractors(canvas, owner, level, palette, rng)
+    _scatter_distractors(canvas, owner, level, rng)
     tints = rng.integers(-_COLOUR_JITTER, _COLOUR_JITTER + 1, size=(K, 3), dtype=np.int32)
     for glyph, (top, left), colour, tint in zip(glyphs, corners, colours, tints):
-        _paint(canvas, glyph.alpha, top, left, palette[colour] + tint)
+        _paint(canvas, glyph.alpha, top, left, _PALETTE[colour] + tint)
     noise = level.noise_amplitude
     canvas += rng.integers(-noise, noise + 1, size=canvas.shape, dtype=np.int8)
-    image = np.clip(canvas, 0, 255).astype(np.uint8)
+    image = np.clip(canvas, 0, 255, out=canvas).astype(np.uint8)
     placements = [Placement(row, height, top + 1, left + 1) for row, height, (top, left) in zip(rows, heights, corners)]
     return _Rendered(image, owner, classes, placements)
 
 
-def _scatter_distractors(
-    canvas: np.ndarray, owner: np.ndarray, level: SceneLevel, palette: np.ndarray, rng: np.random.Generator
-) -> None:
+def _scatter_distractors(canvas: np.ndarray, owner: np.ndarray, level: SceneLevel, rng: np.random.Generator) -> None:
     """Paint up to `num_distractors` shapes, grey or in the level's colours, where no digit is near."""
     shapes = _distractor_alphas(level.small_px)
     size = level.image_size
@@ -469,7 +484,7 @@ def _scatter_distractors(
         height, width = alpha.shape
         grey = int(rng.integers(95, 170))
         colour_row = int(rng.integers(2 * level.num_colours))
-        colour = palette[colour_row] if colour_row < level.num_colours else np.full(3, grey, dtype=np.int32)
+        colour = _PALETTE[colour_row] if colour_row < level.num_colours else np.full(3, grey, dtype=np.int32)
         for u, v in rng.random((6, 2)).tolist():
             top, left = int(u * (size - height + 1)), int(v * (size - width + 1))
             around = taken[max(0, top - 2) : top + height + 2, max(0, left - 2) : left + width + 2]
@@ -507,6 +522,7 @@ class ScenesDataset(Dataset[ItemSample]):
             mean and standard deviation.
         shuffle_items: training: items in a random order that changes with the epoch. Otherwise in the scene's order,
             the order of `masks` and `classes`.
+        keep_pixels: the transform draws nothing, so what it returns is kept, too (48 KB each at 64 px).
 
     Raises ValueError for an unknown split or level, fewer than one scene or a negative seed.
     """
@@ -520,6 +536,7 @@ class ScenesDataset(Dataset[ItemSample]):
         seed: int = 0,
         transform: Callable[[Image.Image], Tensor] | None = None,
         shuffle_items: bool = False,
+        keep_pixels: bool = False,
     ) -> None:
         if split not in SPLIT_SHARES:
             raise UserError(f"split={split!r}; expected one of {', '.join(SPLIT_SHARES)}")
@@ -535,7 +552,10 @@ class ScenesDataset(Dataset[ItemSample]):
         self.shuffle_items = shuffle_items
         held_out = set() if split == "test" else held_out_pairs(self.level, self.seed)
         self._pairs = [pair for pair in class_pairs(self.level) if pair not in held_out]
+        self.keep_pixels = keep_pixels
         self._rendered: dict[int, _Rendered] = {}
+        self._pixels: dict[int, Tensor] = {}
+        self._draws: tuple[int, np.ndarray] | None = None  # of the last epoch
 
     def __len__(self) -> int:
         return self.num_scenes
@@ -575,13 +595,28 @@ class ScenesDataset(Dataset[ItemSample]):
         rendered = self._render(index)
         items = [item_class.text for item_class in rendered.classes]
         if self.shuffle_items:
-            order = _generator("item order", self.seed, int(epoch), int(index)).permutation(len(items))
-            items = [items[k] for k in order]
+            draws = self._item_draws(int(epoch))[index, : len(items)]
+            items = [items[k] for k in np.argsort(draws).tolist()]
         return ItemSample(
             sample_id=f"scenes-{self.level.name}-seed{self.seed}-{self.split}-{index:06d}",
-            image=self.transform(Image.fromarray(rendered.image)),
+            image=self._transformed(index, rendered),
             items=items,
         )
+
+    def _item_draws(self, epoch: int) -> np.ndarray:
+        """float64 (num_scenes, max_items): what the items of each scene are sorted by; row i whatever the length."""
+        if self._draws is None or self._draws[0] != epoch:
+            rng = _generator("item order", self.seed, epoch)
+            self._draws = (epoch, rng.random((self.num_scenes, self.level.max_items)))
+        return self._draws[1]
+
+    def _transformed(self, index: int, rendered: _Rendered) -> Tensor:
+        pixels = self._pixels.get(index)
+        if pixels is None:
+            pixels = self.transform(Image.fromarray(rendered.image))
+            if self.keep_pixels:
+                self._pixels[index] = pixels
+        return pixels
 
     def _render(self, index: int) -> _Rendered:
         if not 0 <= index < self.num_scenes:

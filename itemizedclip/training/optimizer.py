@@ -46,13 +46,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def create_optimizer(model: nn.Module, settings: OptimizerSettings, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, fused on GPUs."""
+    """AdamW over `parameter_groups`, in one pass over each parameter where PyTorch has it (GPUs and CPUs)."""
     return torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay),
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
-        fused=device.type == "cuda",
+        fused=device.type in ("cuda", "cpu"),
     )
 
 
