@@ -21,7 +21,7 @@ from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.models.factory import CheckpointError, LoadedModel, create_transform, transform_spec
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256, read_lines
-from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.flags import loader_processes, read_flags
 from itemizedclip.runtime.logs import literal, progress_bar
 from itemizedclip.runtime.precision import Precision, resolve_precision
 from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, on_main
@@ -64,8 +64,8 @@ class IndexOptions:
     batch_size: int = 32
     """Images per forward pass and process."""
 
-    workers: int = 2
-    """Processes that decode images; 0: none besides this one."""
+    workers: int | None = None
+    """Processes that decode images; None: one per core that this process has, at most 8; 0: none besides this one."""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -102,7 +102,9 @@ class IndexOptions:
     def build_options(self, precision: Precision) -> BuildOptions:
         """How to encode on this process."""
         encoding = EncodingOptions(
-            batch_size=self.batch_size, num_workers=self.workers, autocast_dtype=precision.autocast_dtype
+            batch_size=self.batch_size,
+            num_workers=loader_processes(self.workers),
+            autocast_dtype=precision.autocast_dtype,
         )
         return BuildOptions(encoding, self.shard_size, self.max_bad_fraction)
 

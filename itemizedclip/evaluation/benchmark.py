@@ -22,7 +22,7 @@ from itemizedclip.evaluation.results import EvaluationReport, Protocol, write_re
 from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import check_writable, file_sha256
-from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.flags import loader_processes, read_flags
 from itemizedclip.runtime.logs import literal, progress_bar
 from itemizedclip.runtime.options import EvaluationOptions
 from itemizedclip.runtime.precision import resolve_precision
@@ -112,7 +112,7 @@ def evaluate(options: BenchmarkOptions) -> dict[str, float]:
         precision = resolve_precision(options.precision, ranks.device)
         encoding = EncodingOptions(
             batch_size=options.batch_size,
-            num_workers=options.workers,
+            num_workers=loader_processes(options.workers),
             autocast_dtype=precision.autocast_dtype,
             on_bad_sample=options.on_bad_sample,
         )

@@ -100,14 +100,30 @@ def _shortened(number: int) -> str:
     return str(number) if number.bit_length() < 256 else f"a number of {number.bit_length()} bits"
 
 
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(quota: str | Path = "/sys/fs/cgroup/cpu.max") -> int:
+    """Cores this process may use: those it may run on, fewer where a container has a share of processor time.
+
+    Args:
+        quota: the control group's file, such as "200000 100000" for two cores (docker run --cpus 2).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        allowed, period = Path(quota).read_text().split()
+        return max(1, min(cores, round(int(allowed) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):  # no such control group, or "max"
+        return cores
 
 
 def max_processes() -> int:
     """More loader processes, or threads, than this are a slip, and may end the process or the machine."""
     return max(64, 16 * usable_cores())
+
+
+def loader_processes(asked: int | None) -> int:
+    """How many processes load data for this one: as asked, or one per core that it has to itself, at most 8."""
+    if asked is not None:
+        return asked
+    return min(8, max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def check(holds: bool, message: str) -> None:

@@ -43,8 +43,8 @@ class EvaluationOptions(CheckpointOptions):
     batch_size: int = 64
     """Images per forward pass and process."""
 
-    workers: int = 2
-    """Processes that read images; 0: none besides this one."""
+    workers: int | None = None
+    """Processes that read images; None: one per core that this process has, at most 8; 0: none besides this one."""
 
     precision: Literal["fp32", "amp", "amp_bf16", "auto"] = "auto"
     """Of the towers; scores are float32. auto: bfloat16 where the device computes it (docs/training.md: what that does

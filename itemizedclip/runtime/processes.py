@@ -201,8 +201,10 @@ def _join(settings: DistributedSettings, device: torch.device) -> None:
 
 def _set_threads(threads: int, device: torch.device, local_world_size: int) -> None:
     """CPU threads of this process; torchrun's own default is 1, which leaves cores idle when training on CPUs."""
-    if not threads and device.type == "cpu" and local_world_size > 1:
+    if not threads and device.type == "cpu":
         threads = max(1, usable_cores() // local_world_size)
+        # Someone who set OMP_NUM_THREADS for one process means it; PyTorch knows nothing of a container's share.
+        threads = min(threads, torch.get_num_threads()) if local_world_size == 1 else threads
     if threads:
         torch.set_num_threads(threads)
 

@@ -26,6 +26,7 @@ from itemizedclip.data.workers import (
     kill_loader_processes,
     unpacked,
 )
+from itemizedclip.runtime.flags import loader_processes
 from itemizedclip.runtime.processes import Ranks, shield_loader_worker
 from itemizedclip.training.options import LoadingSettings
 
@@ -88,18 +89,19 @@ class MapSource:
         )
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.settings = settings
-        self.watch = WorkerWatch(settings.workers, getattr(dataset, "name", None))
+        self.workers = loader_processes(settings.workers)
+        self.watch = WorkerWatch(self.workers, getattr(dataset, "name", None))
         self.loader = DataLoader(
             WatchedDataset(CheckedDataset(dataset, seed=seed, on_bad_sample=settings.on_bad_sample), self.watch),
             batch_size=settings.batch_size,
             sampler=self.sampler,
-            num_workers=settings.workers,
+            num_workers=self.workers,
             collate_fn=RoomyCollator(CheckedCollator(collator), self.watch),
             worker_init_fn=shield_loader_worker,
-            timeout=60 * settings.loader_timeout if settings.workers else 0,
-            persistent_workers=settings.workers > 0,
+            timeout=60 * settings.loader_timeout if self.workers else 0,
+            persistent_workers=self.workers > 0,
             # A step takes several loads at once: together the workers have at least so many ready.
-            prefetch_factor=max(2, -(-self.loads_per_step // settings.workers)) if settings.workers else None,
+            prefetch_factor=max(2, -(-self.loads_per_step // self.workers)) if self.workers else None,
             pin_memory=self.device.type == "cuda",
             # Otherwise the loader draws its workers' seed from the generator of the training process.
             generator=torch.Generator().manual_seed(seed),
@@ -142,7 +144,7 @@ def worker_failure(error: RuntimeError, source: BatchSource) -> LoaderError | No
     message = str(error)
     if not isinstance(source, MapSource) or "DataLoader" not in message:
         return None
-    workers, minutes = source.settings.workers, source.settings.loader_timeout
+    workers, minutes = source.workers, source.settings.loader_timeout
     if "timed out" in message:
         told = source.watch.describe()
         kill_loader_processes()

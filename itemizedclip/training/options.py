@@ -210,8 +210,9 @@ class LoadingSettings:
     num_sampled_captions: int = 7
     """K, text items per image in training."""
 
-    workers: int = 4
-    """Loader processes per training process; 0: load in the training process."""
+    workers: int | None = None
+    """Loader processes per training process; None: one per core that a training process has, at most 8; 0: load in
+    the training process."""
 
     on_bad_sample: Literal["skip", "stop"] = "stop"
     """A sample that cannot be used is replaced by another, logged and counted, or ends the run."""

@@ -67,5 +67,5 @@ def own() -> RunOptions:
         OwnImages(),
         objective=ObjectiveSettings(ila_keep_rate=0.8, mask_duplicates=True),
         optimizer=OptimizerSettings(lr=3e-4, weight_decay=0.5, warmup=100, epochs=30),
-        loading=LoadingSettings(batch_size=64, workers=4),
+        loading=LoadingSettings(batch_size=64),
     )

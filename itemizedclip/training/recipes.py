@@ -25,7 +25,7 @@ from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import create_tokenizer, create_transform
 from itemizedclip.runtime.errors import EXIT_WRONG_FLAG, UserError, reported_errors
-from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.flags import loader_processes, read_flags
 from itemizedclip.runtime.logs import shown
 from itemizedclip.runtime.processes import Ranks
 from itemizedclip.runtime.registry import Registry, unknown_name
@@ -72,7 +72,7 @@ class Opening:
         loading = self.options.loading
         return EncodingOptions(
             batch_size=batch_size or min(MAX_VALIDATION_BATCH, loading.batch_size),
-            num_workers=loading.workers,
+            num_workers=loader_processes(loading.workers),
             on_bad_sample=loading.on_bad_sample,
         )
 

@@ -198,7 +198,7 @@ def test_recipe_is_the_published_one():
     p = options.optimizer
     assert (p.lr, p.weight_decay, p.beta1, p.beta2, p.eps) == (5e-4, 0.8, 0.9, 0.98, 1e-8)
     assert (p.warmup, p.epochs, p.lr_scheduler) == (2000, 100, "cosine")
-    assert (options.loading.batch_size, options.loading.num_sampled_captions, options.loading.workers) == (128, 7, 7)
+    assert (options.loading.batch_size, options.loading.num_sampled_captions) == (128, 7)
     assert (options.model.model, options.model.precision) == ("ViT-B-16-ItemizedCLIP", "amp")
     assert options.data.train_num_samples == 300_000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ import pytest
 from commands import ROOT, run
 from toy import toy
 
-from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime import flags
+from itemizedclip.runtime.flags import loader_processes, read_flags, usable_cores
 from itemizedclip.training.recipes import parse_run
 
 
@@ -110,3 +112,25 @@ def test_absurd_flags_of_a_run_are_refused_at_once(capsys, flags, said):
         parse_run({"toy": toy}, "toy", flags, prog="toy")
     assert stop.value.code == 2
     assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_cores_of_a_container_are_its_share(tmp_path):
+    every = len(os.sched_getaffinity(0))
+    share = tmp_path / "cpu.max"
+    share.write_text("100000 100000\n")
+    assert usable_cores(share) == 1
+    share.write_text("1 100000\n")
+    assert usable_cores(share) == 1
+    for unlimited in ("max 100000\n", f"{(every + 3) * 100000} 100000\n", "no numbers"):
+        share.write_text(unlimited)
+        assert usable_cores(share) == every
+    assert usable_cores(tmp_path / "none") == every
+
+
+def test_loader_processes_fit_the_cores(monkeypatch):
+    monkeypatch.setattr(flags, "usable_cores", lambda: 12)
+    assert [loader_processes(asked) for asked in (None, 0, 3, 40)] == [8, 0, 3, 40]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert loader_processes(None) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert loader_processes(None) == 1

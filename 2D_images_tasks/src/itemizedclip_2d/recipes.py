@@ -120,7 +120,7 @@ def rsicd() -> RsicdRun:
             worst_positive_factor=1.5,
         ),
         optimizer=OptimizerSettings(lr=3e-4, weight_decay=1.5, beta1=0.9, beta2=0.98, eps=1e-8, warmup=100, epochs=100),
-        loading=LoadingSettings(batch_size=128, num_sampled_captions=6, workers=7),
+        loading=LoadingSettings(batch_size=128, num_sampled_captions=6),
     )
 
 
@@ -267,7 +267,7 @@ def itemized_cc03m() -> ShardRun:
             lr=5e-4, weight_decay=0.8, beta1=0.9, beta2=0.98, eps=1e-8, warmup=2000, epochs=100
         ),
         # Images of the web: some cannot be decoded.
-        loading=LoadingSettings(batch_size=128, num_sampled_captions=7, workers=7, on_bad_sample="skip"),
+        loading=LoadingSettings(batch_size=128, num_sampled_captions=7, on_bad_sample="skip"),
         # As published, although the training shards hold at most 290,000.
         data=ShardData(train_num_samples=300_000),
     )

@@ -197,7 +197,7 @@ def mri() -> StudyRun:
             lr=1.75e-4, weight_decay=0.2, beta1=0.9, beta2=0.98, eps=1e-6, warmup=2000, epochs=24
         ),
         # Of hundreds of thousands of studies some cannot be read.
-        loading=LoadingSettings(batch_size=8, accum_batch=4, num_sampled_captions=7, workers=4, on_bad_sample="skip"),
+        loading=LoadingSettings(batch_size=8, accum_batch=4, num_sampled_captions=7, on_bad_sample="skip"),
         initial=InitialWeights(text_model=BIOMEDBERT_HUB_NAME, image_weights=MAE_HUB_NAME),
     )
 
@@ -363,7 +363,7 @@ def ctrate() -> ChestRun:
         ),
         optimizer=OptimizerSettings(lr=1e-4, weight_decay=0.5, beta1=0.9, beta2=0.98, eps=1e-6, warmup=100, epochs=80),
         # Of 47,149 volumes some cannot be converted.
-        loading=LoadingSettings(batch_size=16, accum_batch=4, num_sampled_captions=10, workers=4, on_bad_sample="skip"),
+        loading=LoadingSettings(batch_size=16, accum_batch=4, num_sampled_captions=10, on_bad_sample="skip"),
         initial=InitialWeights(text_model=CXR_BERT_HUB_NAME, image_weights=MAE_HUB_NAME),
         data=ChestData(input_info=PUBLISHED_INPUT_INFO),
     )

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.preflight import PreflightError
 from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
-from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.flags import at_least, loader_processes, read_flags
 from itemizedclip.runtime.logs import logging_to_console, progress_bar
 from itemizedclip_radiology.benchmarks.chest_ct import rad_chestct_id
 from itemizedclip_radiology.data.chest import ChestInput, ChestSettings, read_hu
@@ -39,15 +39,14 @@ class WarmCacheOptions(ChestSettings):
     data_root: Path
     """CT-RATE's folder with train/ or valid/ in it, or Rad-ChestCT's folder of scans."""
 
-    workers: int = 4
-    """Processes that read volumes; 0: none besides this one."""
+    workers: int | None = None
+    """Processes that read volumes; None: one per core, at most 8; 0: none besides this one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cache_dir is None:
             raise UserError("no cache folder given: set --cache-dir")
-        if self.workers < 0:
-            raise UserError(f"--workers is {self.workers}; expected at least 0")
+        at_least(self, workers=0)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def build_cache(options: WarmCacheOptions) -> int:
     assert cache is not None
     started = perf_counter()
     volumes = _Volumes(root, names, cache, chest)
-    loader = DataLoader(volumes, batch_size=None, num_workers=options.workers)
+    loader = DataLoader(volumes, batch_size=None, num_workers=loader_processes(options.workers))
     reasons = []
     with progress_bar("Building the cache", enabled=True) as advance:
         for done, reason in enumerate(loader, start=1):

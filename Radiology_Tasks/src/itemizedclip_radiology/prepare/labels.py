@@ -30,6 +30,7 @@ import tyro
 
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.files import open_csv, written_whole
+from itemizedclip.runtime.flags import at_least, loader_processes
 from itemizedclip_radiology.benchmarks.chest_ct import (
     CT_RATE_COLUMNS,
     CT_RATE_VALID_POSITIVES,
@@ -121,7 +122,7 @@ def _image_table(images_csv: Path) -> dict[str, str]:
     return dict(zip(images, table[study_column]))
 
 
-def list_rsna_images(dicom_dir: Path, *, workers: int = 4) -> list[tuple[str, str]]:
+def list_rsna_images(dicom_dir: Path, *, workers: int | None = None) -> list[tuple[str, str]]:
     """(image id, study id) of every DICOM file below a folder, from the headers.
 
     Raises:
@@ -131,7 +132,7 @@ def list_rsna_images(dicom_dir: Path, *, workers: int = 4) -> list[tuple[str, st
     files = sorted(str(path) for path in dicom_dir.rglob("*.dcm"))
     if not files:
         raise MissingFileError(f"{dicom_dir}: no .dcm file; expected RSNA's stage_2_train folder")
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(loader_processes(workers)) as pool:
         rows = list(pool.map(_dicom_ids, files, chunksize=256))
     bad = [path for path, row in zip(files, rows) if row is None]
     if bad:
@@ -326,12 +327,11 @@ class RsnaImages:
     output: Path
     """CSV to write: ImageID, StudyInstanceUID."""
 
-    workers: int = 4
-    """Processes that read headers."""
+    workers: int | None = None
+    """Processes that read headers; None: one per core, at most 8."""
 
     def run(self) -> Iterator[str]:
-        if self.workers < 1:
-            raise UserError(f"--workers is {self.workers}; expected at least 1")
+        at_least(self, workers=1)
         rows = list_rsna_images(self.dicom_dir, workers=self.workers)
         with written_whole(self.output, text=True) as file:
             csv.writer(file, lineterminator="\n").writerows([("ImageID", "StudyInstanceUID"), *rows])
