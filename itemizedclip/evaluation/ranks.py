@@ -85,32 +85,43 @@ class RivalCounts:
         `no_rivals_BM`, bool: pairs that count as neither right nor wrong, besides the image's own texts.
         """
         scores_BM = self._checked(rows_B, scores_BM)
-        # An image's position in the block, by sorting once instead of comparing every text with every image.
-        ordered_B, order_B = rows_B.sort()
-        slot_M = torch.searchsorted(ordered_B, self.owner_M).clamp_max(len(rows_B) - 1)
-        own_P = (ordered_B[slot_M] == self.owner_M).nonzero().squeeze(1)
-        block_row_P = order_B[slot_M[own_P]]
-        true_P = scores_BM[block_row_P, own_P]
-        self.true_scores_M[own_P] = true_P
-        M = len(self.owner_M)
-        for block in torch.arange(len(own_P), device=own_P.device).split(max(1, BLOCK_BYTES // (8 * M))):
-            texts_P = own_P[block]
-            rivals_PM = self.owner_M != self.owner_M[texts_P, None]
-            if no_rivals_BM is not None:
-                rivals_PM &= ~no_rivals_BM[block_row_P[block]]
-            scores_PM = scores_BM[block_row_P[block]]
-            self.rival_texts_M[texts_P] = _twice_beaten(scores_PM, true_P[block, None], rivals_PM, 1)
+        row_P, own_P = self._own_pairs(rows_B)
+        self.true_scores_M[own_P] = true_P = scores_BM[row_P, own_P]
+        row_E, text_E = (row_P, own_P) if no_rivals_BM is None else self._no_rivals(rows_B, no_rivals_BM)
+        for rows in _blocks(scores_BM):
+            # Sorted once, a row answers for all its texts; what is no rival is few, and taken off.
+            inside_P, inside_E = _inside(row_P, rows), _inside(row_E, rows)
+            true_p, row_p = true_P[inside_P], row_P[inside_P] - rows.start
+            spared = _table(row_E[inside_E] - rows.start, scores_BM[row_E[inside_E], text_E[inside_E]], rows)
+            beaten = _twice_above(_sorted_rows(scores_BM[rows]), true_p, row_p)
+            beaten -= _twice_above(spared.sort(dim=1).values, true_p, row_p)
+            self.rival_texts_M[own_P[inside_P]] = beaten
 
     def add_columns(self, rows_B: Tensor, scores_BM: Tensor, *, no_rivals_BM: Tensor | None = None) -> None:
         """Second pass: the same arguments once every true score is known."""
         scores_BM = self._checked(rows_B, scores_BM)
-        for block in torch.arange(len(rows_B), device=rows_B.device).split(
-            max(1, BLOCK_BYTES // (8 * len(self.owner_M)))
-        ):
-            rivals_BM = self.owner_M != rows_B[block, None]
-            if no_rivals_BM is not None:
-                rivals_BM &= ~no_rivals_BM[block]
-            self.rival_images_M += _twice_beaten(scores_BM[block], self.true_scores_M, rivals_BM, 0)
+        for rows in _blocks(scores_BM):
+            larger, at_least = scores_BM[rows] > self.true_scores_M, scores_BM[rows] >= self.true_scores_M
+            # PyTorch adds bytes many times faster than truth values.
+            self.rival_images_M += (larger.view(torch.int8) + at_least.view(torch.int8)).sum(0, dtype=torch.int32)
+        row_E, text_E = (
+            self._own_pairs(rows_B) if no_rivals_BM is None else self._no_rivals(rows_B, no_rivals_BM)
+        )  # fmt: skip
+        spared_E, true_E = scores_BM[row_E, text_E], self.true_scores_M[text_E]
+        self.rival_images_M.index_add_(0, text_E, -((spared_E > true_E).long() + (spared_E >= true_E)))
+
+    def _own_pairs(self, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Position in the block and text of each image's own pairs."""
+        # By sorting once instead of comparing every text with every image.
+        ordered_B, order_B = rows_B.sort()
+        slot_M = torch.searchsorted(ordered_B, self.owner_M).clamp_max(len(rows_B) - 1)
+        own_P = (ordered_B[slot_M] == self.owner_M).nonzero().squeeze(1)
+        return order_B[slot_M[own_P]], own_P
+
+    def _no_rivals(self, rows_B: Tensor, no_rivals_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """Position in the block and text of all pairs that are no rivals, an image's own among them."""
+        row_E, text_E = (no_rivals_BM | (self.owner_M == rows_B[:, None])).nonzero(as_tuple=True)
+        return row_E, text_E
 
     def ranks(self) -> RetrievalRanks:
         """The ranks, once both passes have seen every image."""
@@ -133,17 +144,52 @@ class RivalCounts:
         expected = (len(rows_B), len(self.owner_M))
         if tuple(scores_BM.shape) != expected:
             raise UserError(f"scores must be (images, texts) = {expected}, got {tuple(scores_BM.shape)}")
-        if torch.isnan(scores_BM).any():
-            raise UserError("scores hold NaN, which no rank can be made of: check the weights and the precision")
+        # The sum tells in one pass that all are finite; that it is not may be an overflow.
+        if not scores_BM.sum(dtype=torch.float32).isfinite() and not scores_BM.isfinite().all():
+            raise UserError("scores hold NaN or infinity, which no rank can be made of: check weights and precision")
         return scores_BM.float()
 
 
-def _twice_beaten(scores: Tensor, true_scores: Tensor, rivals: Tensor, dim: int) -> Tensor:
-    """2 · (rivals with a larger score) + (rivals with an equal score), summed over `dim`; int64."""
-    # On the CPU, PyTorch adds bool as int32 twenty times faster than as int64.
-    larger = ((scores > true_scores) & rivals).sum(dim, dtype=torch.int32)
-    equal = ((scores == true_scores) & rivals).sum(dim, dtype=torch.int32)
-    return 2 * larger.long() + equal
+def _blocks(scores_BM: Tensor) -> list[slice]:
+    """Rows whose sorted copy stays near BLOCK_BYTES."""
+    size = max(1, BLOCK_BYTES // (4 * scores_BM.shape[1]))
+    return [slice(start, min(start + size, len(scores_BM))) for start in range(0, len(scores_BM), size)]
+
+
+def _inside(row_P: Tensor, rows: slice) -> Tensor:
+    return ((row_P >= rows.start) & (row_P < rows.stop)).nonzero().squeeze(1)
+
+
+def _sorted_rows(scores_BM: Tensor) -> Tensor:
+    """Each row in rising order; NumPy takes a twentieth of PyTorch's time, which sorts the places as well."""
+    if scores_BM.device.type == "cpu":
+        return torch.from_numpy(np.sort(scores_BM.numpy(), axis=1))
+    return scores_BM.sort(dim=1).values
+
+
+def _table(row_E: Tensor, values_E: Tensor, rows: slice) -> Tensor:
+    """The values of each row beside each other, filled up with −inf."""
+    count_B = torch.bincount(row_E, minlength=rows.stop - rows.start)
+    order_E = row_E.argsort(stable=True)
+    place_E = torch.arange(len(row_E), device=row_E.device) - (count_B.cumsum(0) - count_B)[row_E[order_E]]
+    table = values_E.new_full((len(count_B), int(count_B.max()) if len(row_E) else 1), float("-inf"))
+    table[row_E[order_E], place_E] = values_E[order_E]
+    return table
+
+
+def _twice_above(rising_BC: Tensor, true_P: Tensor, row_P: Tensor) -> Tensor:
+    """2 · (values of its row above each true score) + (values equal to it); int64 (P,)."""
+    C = rising_BC.shape[1]
+    # Rows have different numbers of true scores: each as a column of a table, as searchsorted wants them.
+    count_B = torch.bincount(row_P, minlength=len(rising_BC))
+    order_P = row_P.argsort(stable=True)
+    place_P = torch.arange(len(row_P), device=row_P.device) - (count_B.cumsum(0) - count_B)[row_P[order_P]]
+    asked = true_P.new_zeros((len(rising_BC), int(count_B.max()) if len(row_P) else 1))
+    asked[row_P[order_P], place_P] = true_P[order_P]
+    below = torch.searchsorted(rising_BC, asked) + torch.searchsorted(rising_BC, asked, right=True)
+    twice = torch.empty_like(row_P)
+    twice[order_P] = 2 * C - below[row_P[order_P], place_P]
+    return twice
 
 
 def retrieval_ranks(scores_NM: Tensor, owner_M: Tensor) -> RetrievalRanks:
