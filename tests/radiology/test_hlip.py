@@ -474,7 +474,6 @@ def test_series_name_weights_load_from_any_prefix(tmp_path, prefix):
 def test_bad_series_name_files_are_refused(tmp_path):
     encoder = SeriesNameEncoder()
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    torch.save(encoder, tmp_path / "pickled.pt")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
     tensors = encoder.state_dict()
@@ -484,7 +483,6 @@ def test_bad_series_name_files_are_refused(tmp_path):
     (tmp_path / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     for file, message in (
         ("absent.pt", "does not exist"),
-        ("pickled.pt", "could run code"),
         ("other.pt", "no series-name encoder"),
         ("empty.pt", "no"),
         ("short.pt", "lacks 6 of 34 weights"),

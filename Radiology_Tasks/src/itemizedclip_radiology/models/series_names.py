@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from itemizedclip.models.factory import CheckpointError
 from itemizedclip.runtime.errors import UserError
+from itemizedclip_radiology.models.pickled_module import read_pickled_module
 from itemizedclip_radiology.models.weight_files import LoadReport, assign_parameters, find_prefix, read_state_dict
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz_+-0123456789.*(),"
@@ -199,7 +201,9 @@ class SeriesNameEncoder(nn.Module):
 
 
 def load_series_name_weights(encoder: SeriesNameEncoder, path: str | Path) -> LoadReport:
-    """Load trained weights from a safetensors or state-dict file, or from a whole released checkpoint.
+    """Load trained weights from a safetensors or state-dict file, a whole released checkpoint, or a pickled module.
+
+    The published file (`15t.pt`) is a pickled module; its tensors are taken without running anything of it.
 
     Args:
         encoder: gets the weights.
@@ -210,10 +214,15 @@ def load_series_name_weights(encoder: SeriesNameEncoder, path: str | Path) -> Lo
         what happened to every key under that prefix (the original module's output layer `linear.*` is skipped).
 
     Raises:
-        ValueError: no such file, no plain tensor file (the encoder was published as a pickled module, which is not
-            opened), no series-name encoder in it, or one of another size.
+        ValueError: no such file, no file of tensors or of a module, no series-name encoder in it, or one of another
+            size.
     """
-    state = read_state_dict(path)
+    try:
+        state = read_state_dict(path)
+    except CheckpointError as error:
+        if "Python objects" not in str(error):
+            raise
+        state = read_pickled_module(path)
     prefix = find_prefix(state, "embed.weight", beside="transformer.layers.0.0.fn.to_qkv.weight")
     if prefix is None:
         raise UserError(
