@@ -573,6 +573,25 @@ def test_volumes_rescaled_twice_are_refused_or_mended_and_cached(cohort, trained
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 13
 
 
+def test_volumes_that_are_no_chest_ct_are_scored_as_they_are_when_asked(cohort, trained, tmp_path, capsys):
+    root = tmp_path / "ct_rate"
+    shutil.copytree(cohort.ct_rate / "valid", root / "valid")
+    shutil.copy(cohort.ct_rate / "valid_labels.csv", root / "valid_predicted_labels.csv")
+    path = root / parse_volume_name("valid_1_a_1").path
+    torch.save(torch.rand(torch.load(path, weights_only=True).shape), path)  # air and tissue are nowhere
+    flags = ("--protocol", "published")
+    message = fails(capsys, score, "ct_rate", root, trained, tmp_path / "out", *flags)
+    assert "do not look like a chest CT in HU" in message
+    assert "--read-as-is" in message
+    report = score("ct_rate", root, trained, tmp_path / "out", *flags, "--read-as-is")
+    assert "--read-as-is" in report["facts"]["reader"]["read_as_is"]
+    scores = read_scores(tmp_path / "out")
+    assert len(scores) == 13
+    assert "valid_1_a_1" in scores
+    message = fails(capsys, score, "ct_rate", root, trained, tmp_path / "out", "--read-as-is", "--cache-dir", "x")
+    assert "--read-as-is leaves values as they are" in message
+
+
 def test_a_checkpoint_brings_its_window_and_fit(cohort, trained, tmp_path):
     checkpoint = torch.load(trained, weights_only=True)
     checkpoint["transform"]["input_info"] = ["-1000", "400", "resize"]

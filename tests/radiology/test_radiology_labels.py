@@ -221,7 +221,7 @@ def test_rsna_studies(tmp_path):
     assert "lack a window" in notes
 
 
-def test_rsna_missing_studies(tmp_path):
+def test_rsna_missing_studies(tmp_path, caplog):
     path = write_rsna(tmp_path)
     (tmp_path / "data" / "RSNA_ID_00aa11bb24").rename(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="ID_00aa11bb24"):
@@ -232,6 +232,12 @@ def test_rsna_missing_studies(tmp_path):
     assert not corrected.missing_score_zero
     assert published.missing_score_zero
     assert published.missing_labels_MC.tolist() == [[1, 0, 0, 0, 1]]
+    said = [record.getMessage() for record in caplog.records]
+    assert [message.rpartition("; ")[2] for message in said] == [
+        "they are left out", "they count with score 0, as published",
+    ]  # fmt: skip
+    assert "1 listed studies missing, which count with score 0, as published" in published.describe()
+    assert "score 0" not in corrected.describe()
 
 
 def test_rsna_study_lists(tmp_path):

@@ -161,8 +161,8 @@ def open_rsna(
         allow_missing=allow_missing,
         looked_in=root,
         on_disk=list(folders),
+        missing_score_zero=protocol == "published",
     )
-    benchmark.missing_score_zero = protocol == "published"
     if several:
         benchmark.notes.append(f"{several:,} studies have several series; the first by name is used")
     _note_incomplete(benchmark, incomplete)

@@ -144,12 +144,16 @@ class LabelledStudies:
         """One paragraph for the log."""
         parts = [f"{self.name} ({self.protocol}): {len(self):,} studies, {len(self.classes)} classes"]
         if self.missing:
-            parts.append(f"{len(self.missing):,} listed studies missing")
+            counted = f", which {_COUNTED_ZERO}" if self.missing_score_zero else ""
+            parts.append(f"{len(self.missing):,} listed studies missing{counted}")
         if self.unlisted:
             parts.append(f"{len(self.unlisted):,} on disk without labels, not scored")
         if self.excluded:
             parts.append(f"{len(self.excluded):,} left out on purpose")
         return "; ".join(parts) + "".join(f"\n  {note}" for note in self.notes)
+
+
+_COUNTED_ZERO = "count with score 0, as published"
 
 
 def assemble(
@@ -162,6 +166,7 @@ def assemble(
     allow_missing: bool,
     looked_in: Path,
     on_disk: Sequence[str] = (),
+    missing_score_zero: bool = False,
 ) -> LabelledStudies:
     """Match labels with studies.
 
@@ -171,6 +176,7 @@ def assemble(
         found: for each row the study, or None when it is not on disk.
         allow_missing: go on without listed studies that are not on disk.
         looked_in: folder, for messages.
+        missing_score_zero: count studies that are not on disk with score 0.
         on_disk: names of everything found there; those without labels are reported as unlisted.
 
     Raises:
@@ -185,7 +191,7 @@ def assemble(
             raise MissingFileError(f"{message}. Give the folder that holds them (--data-dir)")
         if not allow_missing:
             raise MissingFileError(f"{message}. Add them, or score the others with --allow-missing")
-        logger.warning("%s; they are left out", message)
+        logger.warning("%s; they %s", message, _COUNTED_ZERO if missing_score_zero else "are left out")
     listed = set(table.ids)
     return LabelledStudies(
         name=name,
@@ -196,6 +202,7 @@ def assemble(
         labels_NC=table.labels_NC[present],
         missing=[table.ids[row] for row in absent],
         missing_labels_MC=table.labels_NC[absent],
+        missing_score_zero=missing_score_zero,
         unlisted=sorted(set(on_disk) - listed),
     )
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.items import normalise_item
 from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.flags import check
 from itemizedclip_radiology.data.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, is_scan_name, parse_volume_name
 from itemizedclip_radiology.data.reports import StudyIndex, report_items
 from itemizedclip_radiology.data.studies import LoadedStudy, Study
@@ -58,12 +59,14 @@ class ChestInput:
         size: voxels (D, H, W) of the input.
         double_rescale: volumes whose HU were shifted down by a second rescale: "refuse", or "undo" by adding the
             shift back (see `itemizedclip_radiology.data.volumes.excess_rescale_hu`).
+        read_as_is: take the values as they are, without a look at where tissue and air lie, as the published code does.
     """
 
     window: HounsfieldWindow = field(default_factory=HounsfieldWindow)
     fit: FitMode = "crop"
     size: Size = CHEST_SIZE
     double_rescale: DoubleRescale = "refuse"
+    read_as_is: bool = False
 
 
 def parse_input_info(words: Sequence[str]) -> tuple[HounsfieldWindow, FitMode]:
@@ -99,6 +102,9 @@ class ChestSettings:
     double_rescale: DoubleRescale = "refuse"
     """Volumes whose HU were shifted down by a second rescale (CT-RATE v2): refuse them, or undo the shift."""
 
+    read_as_is: bool = False
+    """Take volumes that do not look like a chest CT in HU all the same, as they are, as the published code does."""
+
     cache_dir: Path | None = None
     """Folder of windowed volumes, a quarter of the bytes to read; each is built at its first use. None: no cache."""
 
@@ -108,12 +114,16 @@ class ChestSettings:
     def __post_init__(self) -> None:
         if self.input_info is not None:
             parse_input_info(self.input_info)
+        check(
+            not self.read_as_is or (self.double_rescale == "refuse" and self.cache_dir is None),
+            "--read-as-is leaves values as they are and unchecked: give it without --double-rescale and --cache-dir",
+        )
 
     def chest_input(self, size: Size, transform: Mapping[str, Any] | None = None) -> ChestInput:
         """How volumes become an input of `size`; without --input-info as a checkpoint's `transform` says."""
         words = self.input_info or (transform or {}).get("input_info") or PUBLISHED_INPUT_INFO
         window, fit = parse_input_info(words)
-        return ChestInput(window=window, fit=fit, size=size, double_rescale=self.double_rescale)
+        return ChestInput(window, fit, size, self.double_rescale, self.read_as_is)
 
     def cache(self, window: HounsfieldWindow) -> VolumeCache | None:
         """The cache, if there is one."""
@@ -159,6 +169,8 @@ def read_hu(path: Path, options: ChestInput) -> Tensor:
 
 def double_rescale_hu(volume: Tensor, path: Path, options: ChestInput) -> float:
     """HU to add to a whole volume; BadSampleError when it cannot be used."""
+    if options.read_as_is:
+        return 0.0
     excess_hu = excess_rescale_hu(volume, source=path)
     if excess_hu and options.double_rescale == "refuse":
         raise BadSampleError(
@@ -258,12 +270,15 @@ class ChestReader:
 
     def facts(self) -> dict[str, Any]:
         """What scores depend on, besides the size, which is part of the model's config."""
-        return {
+        facts: dict[str, Any] = {
             "hu_window": [self.options.window.hu_min, self.options.window.hu_max],
             "fit": self.options.fit,
             "double_rescale": self.options.double_rescale,
             "cache": None if self.cache is None else self.cache.dtype,
         }
+        if self.options.read_as_is:
+            facts["read_as_is"] = "values taken as they are, without a look at whether they are HU (--read-as-is)"
+        return facts
 
 
 def find_ct_rate_root(data_root: str | Path | None = None) -> Path:

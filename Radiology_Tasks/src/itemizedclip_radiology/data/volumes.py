@@ -376,4 +376,7 @@ def excess_rescale_hu(volume: Tensor, *, source: str | Path) -> float:
         raise BadSampleError(
             f"{source}: {found}, tissue near 1060: not yet rescaled; expected HU: apply slope and intercept once"
         )
-    raise BadSampleError(f"{source}: {found} do not look like a chest CT in HU; check its conversion")
+    raise BadSampleError(
+        f"{source}: {found} do not look like a chest CT in HU; check its conversion, or "
+        "take it as it is with --read-as-is"
+    )

@@ -70,6 +70,9 @@ class InferenceOptions:
     double_rescale: DoubleRescale = "refuse"
     """A scan whose HU were shifted down by a second rescale: refuse it, or undo the shift."""
 
+    read_as_is: bool = False
+    """Take a scan that does not look like a chest CT in HU all the same, as it is."""
+
     output: Path | None = None
     """Folder of the results; default: NAME.findings in the current folder."""
 
@@ -132,7 +135,7 @@ def run(options: InferenceOptions) -> Explanation:
     """
     names = options.names
     loaded = load_chest_model(options)
-    settings = ChestSettings(options.input_info, options.double_rescale)
+    settings = ChestSettings(options.input_info, options.double_rescale, options.read_as_is)
     chest = settings.chest_input(loaded.config["vision_cfg"]["volume_size"], loaded.meta.get("transform"))
     source = open_input(options.scan, loaded, chest)
     for note in source.notes:

@@ -507,6 +507,8 @@ def _chest_series(name: str, source: Path, hu: Tensor, options: ChestInput, note
     if shift_hu:
         hu = hu + shift_hu
         notes.append(f"values were HU minus {shift_hu:g}, rescaled twice; added back")
+    if options.read_as_is:
+        notes.append("values were taken as they are, without a look at whether they are HU (--read-as-is)")
     own_size = tuple(hu.shape)
     geometry = Geometry.of_input(own_size)
     volume, geometry = _at_chest_spacing(hu, where["spacing_mm"], geometry)
