@@ -141,11 +141,9 @@ def run(options: ExplainOptions) -> dict[str, float]:
 def explain_one(options: ExplainOptions, loaded: LoadedModel, texts: list[str], precision: Precision) -> None:
     """Write pictures, volumes and JSON of one input, print its scores."""
     assert options.input is not None
-    source = open_input(options.input, loaded)
+    source = options.of_study.open(options.input, lambda path, choice: open_input(path, loaded, choice))
     remedy = 'give texts by --items "a runway;parked planes" or --items-file'
     items = items_to_ask(texts, options.input, source, remedy=remedy)
-    for note in source.notes:
-        logger.info(note)
     folder = make_output_folder(options.output or folder_named_after(options.input, "explain"))
     explainer = Explainer(
         loaded, source, normalise_tokens=options.normalise_tokens, autocast_dtype=precision.autocast_dtype

@@ -5,7 +5,9 @@ Axes: T items.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,10 +18,45 @@ from rich.text import Text
 from itemizedclip.data.items import check_text
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import read_json, read_lines
-from itemizedclip.runtime.logs import literal
+from itemizedclip.runtime.logs import literal, shown
 from itemizedclip.runtime.processes import check_device_name
 from itemizedclip.viewer.explanation import Explanation
-from itemizedclip.viewer.inputs import ModelInput
+from itemizedclip.viewer.inputs import ModelInput, SeriesChoice, SeriesListed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SeriesSettings:
+    """Which series of a study are read; a photograph has none."""
+
+    series: tuple[str, ...] = ()
+    """Read only series whose name, number or file holds one of these words (MRI: T1, FLAIR; DICOM: 4)."""
+
+    exclude_series: tuple[str, ...] = ()
+    """Do not read series whose name, number or file holds one of these words."""
+
+    list_series: bool = False
+    """Show the series that INPUT holds, and end."""
+
+    fill_nan: bool = False
+    """Put the lowest value of a series (air) where a voxel has no finite value, such as outside the field of view."""
+
+    def open(self, path: Path, opener: Callable[[Path, SeriesChoice], ModelInput]) -> ModelInput:
+        """Read an input by `opener`, say what must be known; ends the command after a list of series."""
+        try:
+            opened = opener(path, SeriesChoice(self.series, self.exclude_series, self.list_series, self.fill_nan))
+        except SeriesListed as listed:
+            print(shown(listed))
+            raise SystemExit(0) from None
+        if self.list_series:
+            print(shown(f"{path}: holds no series; --list-series is for studies"))
+            raise SystemExit(0)
+        for warning in opened.warnings:
+            logger.warning(warning)
+        for note in opened.notes:
+            logger.info(note)
+        return opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +87,8 @@ class QuestionOptions:
 
     normalise_tokens: bool = False
     """L2-normalise image tokens before the head, as published zero-shot evaluation does; changes the third decimal."""
+
+    of_study: Annotated[SeriesSettings, tyro.conf.arg(name="")] = field(default_factory=SeriesSettings)
 
     def __post_init__(self) -> None:
         check_device_name(self.device)

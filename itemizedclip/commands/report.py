@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = choose_device(options.device, 0, 1)
         loaded = load_pretrained(options.checkpoint, config=options.model, text_model=options.text_model)
         loaded.model.to(device)
-        source = open_input(options.input, loaded)
+        source = options.of_study.open(options.input, lambda path, choice: open_input(path, loaded, choice))
         items = texts or source.items
         if output is not None:
             items = items_to_ask(texts, options.input, source, remedy=REMEDY)

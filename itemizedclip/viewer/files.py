@@ -18,6 +18,7 @@ from itemizedclip.runtime.errors import UserError
 from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import attention_figure, head_figure, save_figure
 from itemizedclip.viewer.geometry import Upsampling, map_to_input
+from itemizedclip.viewer.inputs import InputView
 from itemizedclip.viewer.volumes import (
     file_names,
     montage_figure,
@@ -140,12 +141,17 @@ def _write_montages(explanation: Explanation, folder: Path, settings: Explanatio
 def _write_images(explanation: Explanation, folder: Path) -> list[Path]:
     """The series themselves; voxels that several views show in different windows are written once."""
     views = explanation.source.views
-    first_of = {id(view.values): n for n, view in reversed(list(enumerate(views)))}
+    first_of = {id(_of_file(view)): n for n, view in reversed(list(enumerate(views)))}
     return [
-        write_volume(view.values, view, folder / f"image__{name}.nii.gz")
+        write_volume(_of_file(view), view, folder / f"image__{name}.nii.gz")
         for n, (view, name) in enumerate(zip(views, file_names([view.name for view in views])))
-        if first_of[id(view.values)] == n
+        if first_of[id(_of_file(view))] == n
     ]
+
+
+def _of_file(view: InputView) -> np.ndarray:
+    """The voxels as the file has them, not as they are scaled for the screen."""
+    return view.values if view.original is None else view.original
 
 
 def describe(explanation: Explanation) -> dict[str, Any]:
@@ -184,6 +190,7 @@ def describe(explanation: Explanation) -> dict[str, Any]:
         "input": source.name,
         "series": [view.name for view in source.views] if is_study else [],
         "items": items,
+        "warnings": list(source.warnings),
         "notes": list(source.notes),
     }
 

@@ -4,7 +4,7 @@ A photograph is one view, a study is one view per series. Every view knows how t
 attention can be carried back to its own pixels or voxels (`itemizedclip.viewer.geometry.map_to_input`).
 
 Model families outside the core register how their inputs are read under the entry-point group `itemizedclip.inputs`:
-value of `vision_cfg.tower` → function (source, loaded) → ModelInput.
+value of `vision_cfg.tower` → function (source, loaded, choice of series) → ModelInput.
 
 Axes: T items, S series, D H W slices, rows and columns of a view, in its own voxels.
 """
@@ -26,8 +26,10 @@ from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.registry import Registry
 from itemizedclip.viewer.geometry import Geometry, geometry_of_transform
 
-READERS: Registry[Callable[[Path, LoadedModel], ModelInput]] = Registry("itemizedclip.inputs", "reader of inputs")
-"""Value of `vision_cfg.tower` → function (path, loaded) → ModelInput."""
+READERS: Registry[Callable[[Path, LoadedModel, SeriesChoice], ModelInput]] = Registry(
+    "itemizedclip.inputs", "reader of inputs"
+)
+"""Value of `vision_cfg.tower` → function (path, loaded, choice of series) → ModelInput."""
 
 Unit = Literal["rgb", "grey", "hu"]
 """What the values of a view are: colours, grey values 0 … 255, or Hounsfield units."""
@@ -76,6 +78,8 @@ class InputView:
         affine: float64 (4, 4), voxel (d, h, w) of `values` → world, mm, RAS+ as in NIfTI; None when the file does not
             say.
         window_hu: HU that the model saw as black and as white; None where values are no HU.
+        original: (D, H, W) as the file has them, where `values` are scaled for the screen; None where they are the
+            same.
         file_grid: how the voxels lie in the file. None for a picture. Of a file that says nothing about the world (its
             `affine` is None) the order and orientation that its format is made with, about the world's origin.
     """
@@ -88,6 +92,39 @@ class InputView:
     affine: np.ndarray | None = None
     window_hu: tuple[float, float] | None = None
     file_grid: FileGrid | None = None
+    original: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class SeriesChoice:
+    """Which series of a study are read, and how.
+
+    Attributes:
+        wanted: a series is read when its name, number or file holds one of these words; empty: every one.
+        unwanted: it is not read when these occur.
+        list_only: end with a list of what there is.
+        fill_nan: put the lowest value of a series where a voxel has no finite one.
+    """
+
+    wanted: tuple[str, ...] = ()
+    unwanted: tuple[str, ...] = ()
+    list_only: bool = False
+    fill_nan: bool = False
+
+    def takes(self, *names: str) -> bool:
+        """Whether a series of these names is read."""
+
+        def named(words: Sequence[str]) -> bool:
+            return any(word.lower() in name.lower() for word in words for name in names)
+
+        return (not self.wanted or named(self.wanted)) and not named(self.unwanted)
+
+
+class SeriesListed(Exception):
+    """A list of the series was asked for instead of reading them; its text is the list."""
+
+    def __init__(self, source: Path, series: Sequence[str]) -> None:
+        super().__init__("\n".join([f"{source}: {len(series)} series", *(f"  {one}" for one in series)]))
 
 
 @dataclass(frozen=True)
@@ -101,6 +138,7 @@ class ModelInput:
         series_names: int64 (S, 110), or None.
         items: texts known to belong to it, such as a report's; may be empty.
         notes: what was decided while reading, for people.
+        warnings: what must be known to use the result: gaps, guesses, series that were left out.
     """
 
     name: str
@@ -109,17 +147,20 @@ class ModelInput:
     series_names: Tensor | None = None
     items: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
-def open_input(source: str | Path, loaded: LoadedModel) -> ModelInput:
+def open_input(source: str | Path, loaded: LoadedModel, choice: SeriesChoice | None = None) -> ModelInput:
     """Read one image or study for a model.
 
     Args:
         source: an image file, or what the model's family reads (a study folder, a scan).
         loaded: the model with its config.
+        choice: of the series of a study; default: all.
 
     Raises:
         BadSampleError: a file that is missing or cannot be read; names it, what was expected and what to do.
+        SeriesListed: `choice.list_only`.
         ValueError: a model family that does not say how its inputs are read.
     """
     tower = loaded.config["vision_cfg"].get("tower", "vit")
@@ -130,7 +171,7 @@ def open_input(source: str | Path, loaded: LoadedModel) -> ModelInput:
             f"no reader for inputs of models with vision_cfg.tower {tower!r}; run `pip install -e .` in the project so "
             "that the wings register theirs"
         )
-    return READERS.load(tower)(Path(source).expanduser(), loaded)
+    return READERS.load(tower)(Path(source).expanduser(), loaded, choice or SeriesChoice())
 
 
 def open_photograph(path: Path, loaded: LoadedModel) -> ModelInput:

@@ -270,7 +270,8 @@ def grid_of(view: InputView) -> FileGrid:
 def write_volume(values: np.ndarray, view: InputView, path: Path) -> Path:
     """Write (D, H, W) as NIfTI in the grid of the view's file: it opens aligned with it.
 
-    Floats are stored in 255 steps of their range; the JSON beside them has peaks and shares exactly.
+    Maps are stored in 255 steps of their range; the JSON beside them has peaks and shares exactly. The file's own
+    values are stored as they are.
 
     Raises:
         ValueError: nibabel, which is an optional package, is not installed.
@@ -284,7 +285,7 @@ def write_volume(values: np.ndarray, view: InputView, path: Path) -> Path:
     image.set_sform(grid.affine, code=1)
     image.set_qform(grid.affine, code=1, strip_shears=True)
     image.header.set_xyzt_units("mm")
-    if values.dtype.kind == "f":
+    if values.dtype.kind == "f" and values is not view.original:
         # 16 bits would be ten times the size on disk, all of it the last digits of interpolated values.
         image.set_data_dtype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)

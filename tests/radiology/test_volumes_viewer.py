@@ -17,16 +17,9 @@ import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
 from itemizedclip_radiology.data.chest import ChestInput, load_chest_volume
-from itemizedclip_radiology.data.scans import (
-    Scan,
-    find_dicom_series,
-    looks_like_hu,
-    orient,
-    read_dicom,
-    read_nifti,
-    series_text,
-    usable_series,
-)
+from itemizedclip_radiology.data.dicom import find_dicom_series, read_dicom, usable_series
+from itemizedclip_radiology.data.nifti import read_nifti
+from itemizedclip_radiology.data.scans import Scan, looks_like_hu, orient, series_text
 from itemizedclip_radiology.data.studies import SeriesFile, load_study
 from itemizedclip_radiology.data.volumes import GREY_MEAN, GREY_STD, HounsfieldWindow
 from itemizedclip_radiology.models.series_names import encode_series_names
@@ -160,7 +153,7 @@ def test_brain_nifti_of_any_orientation(tmp_path, codes, shape, spacing, tilt, m
 def test_chest_nifti_of_any_size_and_orientation(tmp_path, codes, shape, spacing, tilt, fit, mode):
     affine = affine_of(codes, spacing, shape, tilt)
     path = write_nifti(tmp_path / "scan.nii.gz", chest_phantom(world_of(shape, affine), SPOT), affine)
-    opened = open_input(path, CHEST, ChestInput(fit=fit))
+    opened = open_input(path, CHEST, chest=ChestInput(fit=fit))
     assert tuple(opened.image.shape) == (1, 1, 32, 96, 96)
     view = opened.views[0]
     assert (view.unit, view.window_hu) == ("hu", (-1150, 350))
@@ -175,7 +168,7 @@ def test_chest_tensor_is_what_the_evaluation_reads(tmp_path, shape, fit):
     hu = chest_phantom(world_of(shape, affine), SPOT)
     torch.save(torch.from_numpy(hu).half(), tmp_path / "valid_1_a_1.pt")
     options = ChestInput(fit=fit, size=(32, 96, 96))
-    opened = open_input(tmp_path / "valid_1_a_1.pt", CHEST, options)
+    opened = open_input(tmp_path / "valid_1_a_1.pt", CHEST, chest=options)
     expected = load_chest_volume(tmp_path / "valid_1_a_1.pt", options)
     torch.testing.assert_close(opened.image, expected.image, rtol=0, atol=1e-6)
     view = opened.views[0]
@@ -247,10 +240,10 @@ def test_orientation_equals_simpleitk(tmp_path, codes, largest):
     path = write_nifti(tmp_path / "a.nii", rng.integers(0, 99, shape).astype(np.int16), affine)
     image = sitk.DICOMOrient(sitk.ReadImage(str(path)), "RPI")
     array, mm = sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
-    turned = orient(read_nifti(path), "RPI", largest_spacing_first=True)
+    turned = orient(read_nifti(path)[0], "RPI", largest_spacing_first=True)
     np.testing.assert_array_equal(turned.voxels, np.moveaxis(array, int(np.argmax(np.round(mm, 3))), 0))
     assert turned.spacing_mm[0] == pytest.approx(3.0, abs=1e-4)
-    chest = orient(read_nifti(path), "LPS")
+    chest = orient(read_nifti(path)[0], "LPS")
     expected = sitk.GetArrayFromImage(sitk.DICOMOrient(sitk.ReadImage(str(path)), "LPS"))
     np.testing.assert_array_equal(chest.voxels, expected)
 
@@ -284,7 +277,7 @@ def test_folder_of_nifti_files_is_one_study(tmp_path):
     assert [view.name for view in opened.views] == ["a_sag_T1", "AX_T2"]
     assert opened.views[0].values.shape == (12, 44, 40)  # slices from right to left, rows from head to foot
     assert any("tumour_seg" in note for note in opened.notes)
-    assert any("broken.nii.gz" in note and "not a readable NIfTI" in note for note in opened.notes)
+    assert any("broken.nii.gz" in note and "not a readable NIfTI" in note for note in opened.warnings)
 
 
 def test_series_folders_of_the_published_converter(tmp_path):
@@ -295,14 +288,23 @@ def test_series_folders_of_the_published_converter(tmp_path):
     assert open_input(tmp_path, BRAIN).views[0].name == "AX_T1_POST"
 
 
-def test_four_axes_take_the_first_volume(tmp_path):
+def test_four_axes_are_series_of_their_own(tmp_path):
     shape = (30, 32, 12)
     affine = affine_of("RPI", (1.0, 1.0, 4.0), shape)
     first = brain_phantom(world_of(shape, affine), SPOT * 0)
-    write_nifti(tmp_path / "dwi.nii.gz", np.stack([first, first * 0], -1), affine)
+    write_nifti(tmp_path / "dwi.nii.gz", np.stack([first, first[::-1] // 2], -1), affine)
     opened = open_input(tmp_path / "dwi.nii.gz", BRAIN)
-    assert opened.views[0].values.max() == 255
-    assert any("30×32×12×2 voxels; the first volume" in note for note in opened.notes)
+    assert [view.name for view in opened.views] == ["AX_dwi_volume1", "AX_dwi_volume2"]
+    np.testing.assert_array_equal(opened.views[0].file_grid.to_view(first), opened.views[0].original)
+    np.testing.assert_array_equal(opened.views[1].file_grid.to_view(first[::-1] // 2), opened.views[1].original)
+    assert any("30×32×12×2 voxels, 2 volumes in one file" in warning for warning in opened.warnings)
+    (tmp_path / "dwi.bval").write_text("0 1000\n")
+    opened = open_input(tmp_path / "dwi.nii.gz", BRAIN)
+    assert [view.name for view in opened.views] == ["AX_dwi_b0", "AX_dwi_b1000"]
+    many = np.stack([first] * 9, -1)
+    opened = open_input(write_nifti(tmp_path / "perfusion.nii.gz", many, affine), BRAIN)
+    assert [view.name for view in opened.views] == ["AX_perfusion"]
+    assert any("9 volumes in one file; the first is read" in warning for warning in opened.warnings)
 
 
 def test_head_ct_becomes_three_windows(tmp_path):
@@ -371,9 +373,9 @@ def test_double_rescale_is_refused_or_undone(tmp_path):
     path = write_nifti(tmp_path / "v2.nii.gz", chest_phantom(world_of(shape, affine), SPOT) - 1024, affine)
     with pytest.raises(BadSampleError, match="HU minus 1024"):
         open_input(path, CHEST)
-    opened = open_input(path, CHEST, ChestInput(double_rescale="undo"))
+    opened = open_input(path, CHEST, chest=ChestInput(double_rescale="undo"))
     assert opened.views[0].values.min() == -1000
-    assert any("rescaled twice" in note for note in opened.notes)
+    assert any("rescaled twice" in warning for warning in opened.warnings)
 
 
 def test_ct_rate_files_keep_their_stored_order(tmp_path):
@@ -396,7 +398,7 @@ def test_values_of_any_type_and_byte_order(tmp_path, dtype):
     image = nibabel.Nifti1Image(voxels.astype(dtype), affine, header)
     image.set_data_dtype(np.dtype(dtype))
     nibabel.save(image, tmp_path / "a.nii")
-    scan = read_nifti(tmp_path / "a.nii")
+    (scan,) = read_nifti(tmp_path / "a.nii")
     assert scan.voxels.dtype == (np.float32 if "f" in dtype else np.int16)
     np.testing.assert_array_equal(scan.voxels, voxels)
     assert open_input(tmp_path / "a.nii", BRAIN).views[0].values.max() == 255
@@ -404,7 +406,7 @@ def test_values_of_any_type_and_byte_order(tmp_path, dtype):
 
 def test_large_integers_become_floats(tmp_path):
     voxels = np.arange(27, dtype=np.int32).reshape(3, 3, 3) * 10_000
-    scan = read_nifti(write_nifti(tmp_path / "a.nii", voxels, np.eye(4)))
+    (scan,) = read_nifti(write_nifti(tmp_path / "a.nii", voxels, np.eye(4)))
     assert scan.voxels.dtype == np.float32
     np.testing.assert_array_equal(scan.voxels, voxels)
 
@@ -539,7 +541,15 @@ def test_dicom_remarks(tmp_path):
     write_dicom(tmp_path / "gap", hu, affine, drop=(7,))
     one = find_dicom_series(tmp_path / "gap")[0]
     assert one.num_slices == 19
-    assert any("unevenly spaced, 5.00 to 10.00 mm" in note for note in read_dicom(one).notes)
+    scan = read_dicom(one)
+    np.testing.assert_array_equal(np.delete(scan.voxels, 7, axis=2), np.delete(hu, 7, axis=2))
+    assert (scan.voxels[:, :, 7] == -1000).all()
+    np.testing.assert_allclose(scan.affine, affine, atol=1e-4)
+    (warning,) = scan.warnings
+    assert (
+        "1 slices are missing between images 7 and 9 (a gap of 10.0 mm, steps are 5.0 mm); they are left blank"
+        in warning
+    )
     write_dicom(tmp_path / "thin", hu[:, :, :5], affine)
     assert find_dicom_series(tmp_path / "thin")[0].reason == "5 slices, fewer than 8"
     # Two images at every position, as in diffusion imaging.
@@ -550,11 +560,16 @@ def test_dicom_remarks(tmp_path):
         data.InstanceNumber += 100
         data.PixelData = b"\0" * len(data.PixelData)
         pydicom.dcmwrite(path.with_stem(f"again_{path.stem}"), data)
+    first, second = find_dicom_series(tmp_path / "twice")
+    assert [(one.uid, one.num_slices) for one in (first, second)] == [(uid, 20)] * 2
+    assert [one.description for one in (first, second)] == ["chest_volume1", "chest_volume2"]
+    np.testing.assert_array_equal(read_dicom(first).voxels, hu)
+    assert (read_dicom(second).voxels == -1024).all()
+    assert any("2 volumes in one series" in warning for warning in read_dicom(first).warnings)
+    next((tmp_path / "twice").glob("again_*")).unlink()
     one = find_dicom_series(tmp_path / "twice")[0]
-    assert (one.uid, one.num_slices) == (uid, 20)
-    scan = read_dicom(one)
-    np.testing.assert_array_equal(scan.voxels, hu)
-    assert any("40 files at 20 positions" in note for note in scan.notes)
+    np.testing.assert_array_equal(read_dicom(one).voxels, hu)
+    assert any("39 files at 20 positions; the first of each" in warning for warning in read_dicom(one).warnings)
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -709,7 +724,8 @@ def test_folder_of_an_explanation(tmp_path):
     assert names[-4:-1] == [f"volumes/image__{n}.nii.gz" for n in ("AX_T1_1", "c_SAG_T2", "AX_T1_3")]
     assert len(names) == 2 + 9 * 3 + 3 + 1
     image = nibabel.load(written[-2])
-    np.testing.assert_array_equal(opened.views[2].file_grid.to_view(np.asarray(image.dataobj)), opened.views[2].values)
+    view = opened.views[2]
+    np.testing.assert_array_equal(view.file_grid.to_view(np.asarray(image.dataobj)), view.original)
 
 
 def test_chest_tensor_is_written_in_its_formats_grid(tmp_path):

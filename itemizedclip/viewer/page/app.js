@@ -509,6 +509,8 @@ function listenToControls() {
 function showFacts() {
   for (const [name, value] of report.facts) $("facts").append(element("dt", {}, name), element("dd", {}, value));
   $("notes").append(...report.notes.map((note) => element("li", {}, note)));
+  $("warning-list").append(...report.warnings.map((text) => element("li", {}, text)));
+  $("warnings").hidden = report.warnings.length === 0;
 }
 
 // --- free text, when the page is served ---------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def report_html(
             *provenance.facts,
         ],
         "notes": notes,
+        "warnings": list(source.warnings),
         **items,
     }
     return _filled_page(source.name, provenance, contents, blocks, may_ask=ask is not None)

@@ -1,7 +1,9 @@
-"""Scans as scanners and archives leave them: NIfTI files and DICOM series, in their own voxel grid.
+"""Scans as scanners and archives leave them, in their own voxel grid; `nifti` and `dicom` read the files.
 
 A `Scan` keeps the file's voxels and affine. `orient` turns it the way the models' converters did, by permuting and
-flipping axes alone: no voxel is interpolated, and `FileGrid` knows the way back.
+flipping axes alone: no voxel is interpolated, and `FileGrid` knows the way back. Only grids that are no right-angled
+boxes (a tilted gantry, a sheared affine) are resampled first (`straightened`), so that every view of planes shows what
+lies there.
 
 Axes: i j k voxel axes of the file; D H W slices, rows, columns after `orient`; world coordinates in mm, RAS+ (right,
 anterior, superior are positive), as in NIfTI.
@@ -10,36 +12,37 @@ anterior, superior are positive), as in NIfTI.
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import nibabel
 import numpy as np
-import pydicom
-import SimpleITK as sitk
 from nibabel import orientations
 from nibabel.affines import voxel_sizes
+from scipy import ndimage
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.viewer.inputs import FileGrid
-
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
-
-MIN_SLICES = 8
-"""DICOM series of fewer slices are localizers and reformats, not scans."""
 
 Plane = Literal["AX", "COR", "SAG"]
 """Which way slices lie: across, from front to back, from side to side."""
 
 _PLANE_OF_AXIS: tuple[Plane, Plane, Plane] = ("AX", "COR", "SAG")
-_UNEVEN_MM = 0.1
-_NO_DICOM = (".pt", ".gz", ".nii", ".json", ".csv", ".txt", ".png", ".jpg", ".zip")  # DICOM files often have no suffix
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM counts towards left and back, NIfTI towards right and front
-_MODALITIES = ("CT", "MR")
+_WORDS_OF_PLANE: dict[Plane, str] = {
+    "AX": "ax|axial|tra|trans|transversal",
+    "COR": "cor|coronal",
+    "SAG": "sag|sagittal",
+}
+_SHEAR_VOXELS = 0.5
+"""A grid whose corners lie so many voxels off a right-angled box is resampled onto one."""
+
+MAX_VOXELS = 2**31
+"""More than any scanner gives; a header that asks for more is damaged or made to fill the memory."""
+
+Body = Literal["brain", "chest"]
+
+_EXTENT_MM: dict[Body, tuple[float, float]] = {"brain": (40.0, 700.0), "chest": (60.0, 1200.0)}
+"""Largest side of a scan: phantoms and slabs below, whole bodies above."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Scan:
         source: file, or folder of a DICOM series.
         modality: "CT", "MR", or "" when the file does not say.
         notes: what was decided while reading.
+        warnings: what must be known to use the scan: gaps, guesses, what was left out.
+        plane: in which its slices were taken, None when the file does not say.
     """
 
     name: str
@@ -61,6 +66,8 @@ class Scan:
     source: Path
     modality: str = ""
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    plane: Plane | None = None
 
 
 @dataclass(frozen=True)
@@ -118,12 +125,26 @@ def plane_of(affine_dhw: np.ndarray) -> Plane:
     return _PLANE_OF_AXIS[2 - int(towards.argmax())]
 
 
-def series_text(name: str, plane: Plane) -> str:
-    """A series name as the models read them, such as AX_FLAIR: the plane stands first unless the name holds it."""
+def series_text(name: str, plane: Plane, *, is_certain: bool = False) -> str:
+    """A series name as the models read them, such as AX_FLAIR: the plane stands first unless the name holds it.
+
+    Args:
+        name: of the file, or the description of the series.
+        plane: measured.
+        is_certain: the slices were taken in this plane (and not only counted so): a name that holds another one, such
+            as that of a coronal reformat of an axial scan, gets this one.
+    """
     words = re.sub(r"[\s_]+", "_", name.strip()).strip("_") or "series"
-    if re.search(r"(?i)(?<![a-z])(ax|axial|tra|cor|coronal|sag|sagittal)(?![a-z])", words):
-        return words
-    return f"{plane}_{words}"
+    named = [one for one in _PLANE_OF_AXIS if re.search(_plane_pattern(one), words)]
+    if is_certain and named and plane not in named:
+        for one in named:
+            words = re.sub(_plane_pattern(one), "", words)
+        words, named = re.sub(r"_+", "_", words).strip("_") or "series", []
+    return words if named else f"{plane}_{words}"
+
+
+def _plane_pattern(plane: Plane) -> str:
+    return rf"(?i)(?<![a-z])({_WORDS_OF_PLANE[plane]})(?![a-z])"
 
 
 def looks_like_hu(voxels: np.ndarray) -> bool:
@@ -137,254 +158,113 @@ def looks_like_hu(voxels: np.ndarray) -> bool:
     return air > 0.05 and soft_tissue > 0.02
 
 
-# --- NIfTI -----------------------------------------------------------------------------------------------------------
+def looks_like_shifted_hu(voxels: np.ndarray) -> bool:
+    """Whether values are those of a head CT without its intercept, 1024 too high.
+
+    Grey values of an MRI may lie there, too, but not so close together as brain in a CT, and nothing is as dark as air
+    and as bright as bone in nearly the same number of voxels.
+    """
+    values = voxels[::4, ::4, ::2].astype(np.float32)
+    brain = float(((values > 1024 + 5) & (values < 1024 + 60)).mean())
+    around = float(((values > 1024 - 150) & (values < 1024 + 250)).mean())
+    air = float(((values >= -100) & (values < 150)).mean())
+    bone = float(((values > 1024 + 400) & (values < 4096)).mean())
+    return air > 0.05 and around > 0.05 and brain > 0.6 * around and 0.005 < bone < 0.3
 
 
-def is_nifti(path: Path) -> bool:
-    """By its name."""
-    return path.name.lower().endswith(NIFTI_SUFFIXES)
+# --- grids that are no boxes, sizes that are no bodies ---------------------------------------------------------------
 
 
-def nifti_stem(path: Path) -> str:
-    """The name without .nii or .nii.gz."""
-    return re.sub(r"(?i)\.nii(\.gz)?$", "", path.name)
+def straightened(scan: Scan) -> Scan:
+    """The scan on a right-angled grid: itself, or resampled trilinearly where its own axes are oblique to each other.
 
-
-def read_nifti(path: Path) -> Scan:
-    """One NIfTI file; of several volumes in it the first.
+    The new grid keeps the first axis and the plane of the first two, the voxel sizes along them and the distance of the
+    slices; it covers all of the old one. What lies outside becomes the scan's lowest value, air in a CT.
 
     Raises:
-        BadSampleError: no such file, damaged, no three axes, no affine that can be inverted, values that are not
-            finite numbers.
+        BadSampleError: axes so oblique that the box around them is several times larger.
     """
-    expected = "expected a NIfTI volume of slices, rows and columns"
-    if not path.is_file():
-        raise BadSampleError(f"{path}: no such file; {expected}")
-    notes = []
-    try:
-        image: Any = nibabel.load(path)
-        shape = image.shape
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        first = (slice(None),) * 3 + (0,) * (len(image.shape) - 3)
-        voxels = np.asarray(image.dataobj[first] if len(image.shape) > 3 else image.dataobj)
-        affine = np.asarray(image.affine, dtype=np.float64)
-    except Exception as error:  # bytes that are no NIfTI file make the reader fail in any way
-        reason = (str(error) or type(error).__name__).split("\n")[0][:160]
-        raise BadSampleError(f"{path}: not a readable NIfTI file ({reason}); {expected}: copy it again") from None
-    if len(shape) > 3:
-        notes.append(f"{path.name}: {'×'.join(map(str, shape))} voxels; the first volume is read")
-    sizes = "×".join(map(str, voxels.shape))
-    if voxels.ndim != 3 or min(voxels.shape, default=0) < 2 or voxels.dtype.kind not in "iuf":
-        raise BadSampleError(f"{path}: {voxels.dtype} volume of {sizes}; {expected}, two voxels each at least")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise BadSampleError(f"{path}: its affine has no inverse; expected a valid sform or qform: convert it again")
-    header = image.header
-    if not (header["sform_code"] or header["qform_code"]):
-        notes.append(f"{path.name}: says nothing about orientation (no sform, no qform); nibabel's default is taken")
-    return Scan(nifti_stem(path), _plain(voxels, path), affine, path, "", notes)
+    matrix, shape = scan.affine[:3, :3], np.array(scan.voxels.shape)
+    first = matrix[:, 0] / np.linalg.norm(matrix[:, 0])
+    second = matrix[:, 1] - first * (first @ matrix[:, 1])
+    second /= np.linalg.norm(second)
+    normal = np.cross(first, second)
+    normal *= np.sign(normal @ matrix[:, 2])
+    axes = np.stack([first, second, normal], axis=1)
+    spacing = np.array([np.linalg.norm(matrix[:, 0]), np.linalg.norm(matrix[:, 1]), abs(normal @ matrix[:, 2])])
+    off = axes.T @ matrix - np.diag(spacing)
+    if (np.abs(off) @ (shape - 1) / spacing).max() <= _SHEAR_VOXELS:
+        return scan
+    corners = np.array(np.meshgrid(*[[0, n - 1] for n in shape], indexing="ij")).reshape(3, -1)
+    low, high = (inside := axes.T @ matrix @ corners).min(1), inside.max(1)
+    size = np.floor((high - low) / spacing + 1e-3).astype(int) + 1
+    if size.prod() > 4 * shape.prod():
+        raise BadSampleError(
+            f"{scan.source}: its axes are far from right angles (a box around it has {'×'.join(map(str, size))} voxels "
+            f"instead of {'×'.join(map(str, shape))}); expected a stack of slices: resample it on a straight grid"
+        )
+    affine = np.eye(4)
+    affine[:3, :3] = axes * spacing
+    affine[:3, 3] = scan.affine[:3, 3] + axes @ low
+    back = np.linalg.inv(scan.affine) @ affine
+    lowest = float(scan.voxels.min())
+    voxels = ndimage.affine_transform(
+        scan.voxels.astype(np.float32), back[:3, :3], back[:3, 3], tuple(size.tolist()), order=1, cval=lowest
+    )
+    if scan.voxels.dtype.kind == "i":
+        voxels = np.rint(voxels).astype(scan.voxels.dtype)
+    angle = np.degrees(np.arccos(min(1.0, abs(normal @ matrix[:, 2]) / np.linalg.norm(matrix[:, 2]))))
+    what = f"slices are shifted against each other by {angle:.1f}° (a tilted gantry)" if angle > 0.05 else "rows and "
+    what = what if angle > 0.05 else "rows and columns are not at right angles"
+    note = f"{scan.name}: {what}; resampled on a straight grid of {'×'.join(map(str, size))} voxels"
+    return replace(scan, voxels=voxels, affine=affine, warnings=[*scan.warnings, note])
 
 
-def _plain(voxels: np.ndarray, source: Path) -> np.ndarray:
-    """int16 where the values are such integers, else finite float32; in the machine's byte order."""
+def check_field_of_view(scan: Scan, body: Body) -> None:
+    """Refuse a scan whose largest side is none of a head or chest: wrong units, or no voxel size at all.
+
+    Raises:
+        BadSampleError: names the size.
+    """
+    if not is_plausible(scan.affine, scan.voxels.shape, body):
+        sides = "×".join(f"{mm:.4g}" for mm in voxel_sizes(scan.affine) * scan.voxels.shape)
+        lowest, highest = _EXTENT_MM[body]
+        raise BadSampleError(
+            f"{scan.source}: covers {sides} mm; expected a {body} of {lowest:g} to {highest:g} mm: correct its voxel "
+            "size or units"
+        )
+
+
+def is_plausible(affine: np.ndarray, shape: tuple[int, ...], body: Body | None = None) -> bool:
+    """Whether a grid is of the size of a head or chest, or of any of them."""
+    largest = float((voxel_sizes(affine) * shape).max())
+    bodies = [body] if body else list(_EXTENT_MM)
+    return any(_EXTENT_MM[one][0] <= largest <= _EXTENT_MM[one][1] for one in bodies)
+
+
+def plain_voxels(voxels: np.ndarray, source: Path, *, fill: bool = False) -> np.ndarray:
+    """int16 where the values are such integers, else finite float32; in the machine's byte order.
+
+    Args:
+        voxels: as read.
+        source: for messages.
+        fill: put the lowest finite value where there is none.
+
+    Raises:
+        BadSampleError: NaN or infinite values that are not to be filled, or nothing else.
+    """
     limits = np.iinfo(np.int16)
     if voxels.dtype.kind in "iu" and limits.min <= voxels.min() and voxels.max() <= limits.max:
         return voxels.astype(np.int16)
-    voxels = voxels.astype(np.float32)
-    if not np.isfinite(voxels).all():
-        bad = int((~np.isfinite(voxels)).sum())
+    with np.errstate(over="ignore"):
+        voxels = voxels.astype(np.float32)
+    finite = np.isfinite(voxels)
+    if finite.all():
+        return voxels
+    bad = int(finite.size - finite.sum())
+    if not fill or bad == finite.size:
         raise BadSampleError(
-            f"{source}: {bad:,} of {voxels.size:,} values are NaN or infinite; expected finite values: convert it again"
+            f"{source}: {bad:,} of {voxels.size:,} values are NaN or infinite; expected finite values: convert it "
+            "again, or fill them with the lowest value by --fill-nan"
         )
-    return voxels
-
-
-# --- DICOM -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DicomSeries:
-    """The files of one series.
-
-    Attributes:
-        uid: SeriesInstanceUID.
-        description: SeriesDescription, or the protocol's name; may be empty.
-        modality: "CT", "MR", …
-        files: one per slice, in order along the slices' normal; one file of many frames stands alone.
-        num_slices: slices, or frames.
-        reason: why it is no scan to read (a localizer, few slices, …); "" when it is one.
-        notes: what was decided while sorting.
-    """
-
-    uid: str
-    description: str
-    modality: str
-    files: list[Path]
-    num_slices: int
-    reason: str = ""
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        """For people: description, slices, first file."""
-        return f"{self.description or 'no description'}, {self.modality}, {self.num_slices} slices ({self.files[0]})"
-
-
-_TAGS = [
-    "SeriesInstanceUID", "SeriesDescription", "ProtocolName", "SeriesNumber", "Modality", "ImageType", "InstanceNumber",
-    "ImagePositionPatient", "ImageOrientationPatient", "NumberOfFrames", "Rows", "Columns",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """What the header of one DICOM image says; numbers are 0 and lists empty where it says nothing."""
-
-    path: Path
-    uid: str
-    description: str
-    series_number: int
-    modality: str
-    is_localizer: bool
-    number: int
-    frames: int
-    size: tuple[int, int]
-    position: list[float]
-    direction: list[float]
-
-
-def _read_slice(path: Path) -> _Slice | None:
-    """The header of a file; None for one that is no DICOM image, or damaged."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # values that break a rule of the standard are common and do no harm here
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-            return _Slice(
-                path=path,
-                uid=str(header.get("SeriesInstanceUID", "")),
-                description=str(header.get("SeriesDescription") or header.get("ProtocolName") or "").strip(),
-                series_number=int(header.get("SeriesNumber") or 0),
-                modality=str(header.get("Modality") or ""),
-                is_localizer=any("LOCALIZER" in str(kind).upper() for kind in header.get("ImageType") or []),
-                number=int(header.get("InstanceNumber") or 0),
-                frames=int(header.get("NumberOfFrames") or 1),
-                size=(int(header.Rows), int(header.Columns)),
-                position=[float(value) for value in header.get("ImagePositionPatient") or []],
-                direction=[float(value) for value in header.get("ImageOrientationPatient") or []],
-            )
-    except Exception:  # any file may lie in the folder, and its bytes make the reader fail in any way
-        return None
-
-
-def find_dicom_series(source: Path) -> list[DicomSeries]:
-    """All DICOM series below a folder, by series number; of a file, the series it belongs to.
-
-    Files that are no DICOM images are passed over.
-    """
-    wanted: str | None = None
-    folder = source
-    if source.is_file():
-        own = _read_slice(source)
-        if own is None:
-            return []
-        wanted, folder = own.uid, source.parent
-    by_uid: dict[str, list[_Slice]] = {}
-    for path in sorted(folder.rglob("*") if wanted is None else folder.iterdir()):
-        if path.name.startswith(".") or path.suffix.lower() in _NO_DICOM or not path.is_file():
-            continue
-        found = _read_slice(path)
-        if found is not None and wanted in (None, found.uid):
-            by_uid.setdefault(found.uid, []).append(found)
-    order = sorted(by_uid, key=lambda uid: (by_uid[uid][0].series_number, uid))
-    return [_sort_series(by_uid[uid]) for uid in order]
-
-
-def _sort_series(slices: list[_Slice]) -> DicomSeries:
-    """The series of some files."""
-    first = slices[0]
-    notes: list[str] = []
-    reason = ""
-    if first.modality not in _MODALITIES:
-        reason = f"modality {first.modality or 'not given'}, neither CT nor MR"
-    elif any(one.is_localizer for one in slices):
-        reason = "a localizer"
-    files, num_slices = [one.path for one in slices], len(slices)
-    if len(slices) == 1 and first.frames > 1:
-        num_slices = first.frames
-    elif not reason and num_slices >= MIN_SLICES:
-        sorted_files, reason, notes = _along_normal(slices)
-        if not reason:
-            files, num_slices = sorted_files, len(sorted_files)
-    if not reason and num_slices < MIN_SLICES:
-        reason = f"{num_slices} slices, fewer than {MIN_SLICES}"
-    return DicomSeries(first.uid, first.description, first.modality, files, num_slices, reason, notes)
-
-
-def _along_normal(slices: list[_Slice]) -> tuple[list[Path], str, list[str]]:
-    """Files sorted along the normal of their slices, one per position; or a reason why they are no stack."""
-    if any(len(one.position) != 3 or len(one.direction) != 6 for one in slices):
-        return [], "slices without position or orientation", []
-    directions = np.array([one.direction for one in slices])
-    if np.abs(directions - directions[0]).max() > 1e-3:
-        return [], "slices lie in different planes", []
-    if len({one.size for one in slices}) > 1:
-        return [], "slices differ in size", []
-    normal = np.cross(directions[0, :3], directions[0, 3:])
-    along: list[float] = (np.array([one.position for one in slices]) @ normal).tolist()
-    order = sorted(range(len(slices)), key=lambda n: (round(along[n], 3), slices[n].number))
-    kept = [n for place, n in enumerate(order) if place == 0 or along[n] - along[order[place - 1]] > 1e-3]
-    notes = []
-    if len(kept) < len(order):
-        notes.append(f"{len(order)} files at {len(kept)} positions; the first of each position is read")
-    gaps = np.diff([along[n] for n in kept])
-    if len(gaps) and gaps.max() - gaps.min() > _UNEVEN_MM:
-        notes.append(f"slices are unevenly spaced, {gaps.min():.2f} to {gaps.max():.2f} mm; their mean is taken")
-    return [slices[n].path for n in kept], "", notes
-
-
-def read_dicom(series: DicomSeries) -> Scan:
-    """The voxels of one series, rescaled (HU for CT).
-
-    Raises:
-        BadSampleError: its pixels cannot be decoded, or are no grey values.
-    """
-    source = series.files[0].parent if len(series.files) > 1 else series.files[0]
-    try:
-        with _no_itk_warnings():
-            if len(series.files) == 1:
-                image = sitk.ReadImage(str(series.files[0]))
-            else:
-                reader = sitk.ImageSeriesReader()
-                reader.SetFileNames([str(path) for path in series.files])
-                image = reader.Execute()
-    except RuntimeError as error:
-        reason = str(error).strip().split("\n")[-1][:200]
-        raise BadSampleError(
-            f"{source}: DICOM series {series.description!r} cannot be decoded ({reason}); convert it to NIfTI"
-        ) from None
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise BadSampleError(f"{source}: DICOM series {series.description!r} is no stack of grey slices; leave it out")
-    voxels = sitk.GetArrayFromImage(image).transpose(2, 1, 0)
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    notes = [f"{series.description or series.files[0].name}: {note}" for note in series.notes]
-    return Scan(series.description, _plain(voxels, source), _LPS_TO_RAS @ affine, source, series.modality, notes)
-
-
-@contextmanager
-def _no_itk_warnings() -> Iterator[None]:
-    """ITK's remarks on uneven slices go to standard error in paragraphs; the notes say it in a line."""
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
-
-
-def usable_series(series: Sequence[DicomSeries]) -> tuple[list[DicomSeries], list[str]]:
-    """The scans among some series, and a note about each other one."""
-    kept = [one for one in series if not one.reason]
-    notes = [f"series left out: {one.description or one.uid}: {one.reason}" for one in series if one.reason]
-    return kept, notes
+    return np.where(finite, voxels, voxels[finite].min())

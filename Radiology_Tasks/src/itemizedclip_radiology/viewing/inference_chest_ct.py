@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 
 from itemizedclip.commands.explain import folder_named_after, make_output_folder, print_written, write_with_progress
-from itemizedclip.commands.questions import check_texts_flags, read_items_file, score_table, split_texts
+from itemizedclip.commands.questions import SeriesSettings, check_texts_flags, read_items_file, score_table, split_texts
 from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256
@@ -83,6 +83,7 @@ class InferenceOptions:
     """Of the towers; scores and maps are always float32. auto: bfloat16 where the device computes it (docs/training.md
     says what that does to scores)."""
 
+    of_study: Annotated[SeriesSettings, tyro.conf.arg(name="")] = field(default_factory=SeriesSettings)
     files: Annotated[ExplanationFiles, tyro.conf.arg(name="")] = field(default_factory=ExplanationFiles)
 
     def __post_init__(self) -> None:
@@ -137,9 +138,7 @@ def run(options: InferenceOptions) -> Explanation:
     loaded = load_chest_model(options)
     settings = ChestSettings(options.input_info, options.double_rescale, options.read_as_is)
     chest = settings.chest_input(loaded.config["vision_cfg"]["volume_size"], loaded.meta.get("transform"))
-    source = open_input(options.scan, loaded, chest)
-    for note in source.notes:
-        logger.info(note)
+    source = options.of_study.open(options.scan, lambda path, choice: open_input(path, loaded, choice, chest))
     folder = make_output_folder(options.output or folder_named_after(options.scan, "findings"))
     prompts = [prompt_of(name) for name in names]
     precision = resolve_precision(options.precision, loaded.model.logit_scale.device)

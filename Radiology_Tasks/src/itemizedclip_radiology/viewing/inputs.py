@@ -6,6 +6,7 @@ Read, for a brain model (several series):
     STUDY/SCAN.pt                   Pub-Brain-5
     one .pt file, one NIfTI file, a folder of NIfTI files, a folder of DICOM series
 and for a chest model (one volume): one .pt file, one NIfTI file, a DICOM series, or a folder that holds just one.
+A folder may come packed, as .zip, .tar or .tar.gz.
 
 A NIfTI file or DICOM series of a brain is prepared as the Pub-Brain-5 files were: columns to the right, rows to the
 back, slices to the feet, the axis of the largest spacing as slices; grey values clipped at the 0.5 and 99.5
@@ -17,10 +18,11 @@ Axes: S series, D H W voxels, of a view in its file's own grid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ from itemizedclip.data.items import normalise_item
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.files import read_json
 from itemizedclip.viewer.geometry import Geometry
-from itemizedclip.viewer.inputs import FileGrid, InputView, ModelInput
+from itemizedclip.viewer.inputs import FileGrid, InputView, ModelInput, SeriesChoice, SeriesListed
 from itemizedclip_radiology.benchmarks.head_ct import (
     WINDOWS,
     cq500_window_files,
@@ -42,21 +44,22 @@ from itemizedclip_radiology.benchmarks.head_ct import (
 )
 from itemizedclip_radiology.benchmarks.labelled_studies import visible_entries
 from itemizedclip_radiology.benchmarks.pub_brain_5 import series_name as pub_brain_5_name
+from itemizedclip_radiology.data.archives import unpacked_archive
 from itemizedclip_radiology.data.chest import ChestInput, ChestSettings, double_rescale_hu
 from itemizedclip_radiology.data.ct_rate_tree import parse_volume_name
+from itemizedclip_radiology.data.dicom import DicomSeries, find_dicom_series, read_dicom, usable_series
+from itemizedclip_radiology.data.nifti import is_nifti, nifti_stem, read_nifti
 from itemizedclip_radiology.data.reports import report_items
 from itemizedclip_radiology.data.scans import (
-    DicomSeries,
+    Body,
     OrientedScan,
     Scan,
-    find_dicom_series,
-    is_nifti,
+    check_field_of_view,
     looks_like_hu,
+    looks_like_shifted_hu,
     orient,
-    read_dicom,
-    read_nifti,
     series_text,
-    usable_series,
+    straightened,
 )
 from itemizedclip_radiology.data.studies import Preparation, SeriesFile, load_study
 from itemizedclip_radiology.data.volumes import (
@@ -99,7 +102,7 @@ _TRAINING_FILE = "img.pt"
 _NOT_SCANS = ("seg", "mask")  # in the name of a NIfTI file: somebody's outlines, as the published converter knows them
 _MOST_LISTED = 8
 
-Body = Literal["brain", "chest"]
+_FoundT = TypeVar("_FoundT")
 
 
 def body_of(config: Mapping[str, Any]) -> Body:
@@ -111,26 +114,33 @@ def body_of(config: Mapping[str, Any]) -> Body:
     return "brain" if vision.get("series_names") or "study" in vision["block_scopes"] else "chest"
 
 
-def open_input(source: Path, loaded: LoadedModel, chest: ChestInput | None = None) -> ModelInput:
+def open_input(
+    source: Path, loaded: LoadedModel, choice: SeriesChoice | None = None, chest: ChestInput | None = None
+) -> ModelInput:
     """Read a study or scan for a radiology model (entry point `itemizedclip.inputs`).
 
     Args:
         source: a file or folder, see the module's docstring; a DICOM file stands for its series.
         loaded: a model of this wing.
+        choice: which series are read; default: all.
         chest: window, fit and what to do about a double rescale; its size is the model's. Default: as the checkpoint
             was trained, else as published.
 
     Raises:
         BadSampleError: nothing there, nothing that can be read, or several scans for a chest model.
+        SeriesListed: `choice.list_only`.
     """
     if not source.exists():
         raise BadSampleError(f"{source}: no such file or folder; expected a study folder, a .pt, NIfTI or DICOM scan")
-    size: Size = tuple(loaded.config["vision_cfg"]["volume_size"])
-    if body_of(loaded.config) == "chest":
-        options = chest or ChestSettings().chest_input(size, loaded.meta.get("transform"))
-        series, notes = _open_chest(source, replace(options, size=size))
-    else:
-        series, notes = _open_brain(source, size)
+    choice = choice or SeriesChoice()
+    with unpacked_archive(source) as opened:
+        size: Size = tuple(loaded.config["vision_cfg"]["volume_size"])
+        remarks = _Remarks()
+        if body_of(loaded.config) == "chest":
+            options = chest or ChestSettings().chest_input(size, loaded.meta.get("transform"))
+            series = [_open_chest(opened, replace(options, size=size), choice, remarks)]
+        else:
+            series = _open_brain(opened, size, choice, remarks)
     names = [one.view.name for one in series]
     return ModelInput(
         name=_name_of(source),
@@ -138,8 +148,22 @@ def open_input(source: Path, loaded: LoadedModel, chest: ChestInput | None = Non
         views=[one.view for one in series],
         series_names=encode_series_names(names) if loaded.config["vision_cfg"].get("series_names") else None,
         items=report_beside(source.resolve()),
-        notes=notes,
+        notes=remarks.notes,
+        warnings=remarks.warnings,
     )
+
+
+@dataclass
+class _Remarks:
+    """What is said of a study: notes, and warnings that must be known to use the result."""
+
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def of(self, scan: Scan) -> None:
+        """Take over those of a scan."""
+        self.notes += scan.notes
+        self.warnings += scan.warnings
 
 
 @dataclass(frozen=True)
@@ -290,51 +314,109 @@ def _nothing(source: Path, body: Body, left_out: Sequence[str] = ()) -> BadSampl
 # --- brain MRI and head CT -------------------------------------------------------------------------------------------
 
 
-def _open_brain(source: Path, size: Size) -> tuple[list[_Series], list[str]]:
+def _open_brain(source: Path, size: Size, choice: SeriesChoice, remarks: _Remarks) -> list[_Series]:
     found = _find(source)
-    notes = list(found.notes)
+    remarks.notes += found.notes
     if found.tensors:
         prepare = found.prepare
         if source.is_file() and not _fits(source, size):
             prepare = "resample"
-        series, more = _brain_tensors(source.name, found.tensors, prepare, size)
-        return series, [*notes, *more]
-    series = []
+        files = _chosen(source, found.tensors, lambda file: (file.name, file.path.name), choice, remarks)
+        return _brain_tensors(source.name, files, prepare, size, remarks)
+    series: list[_Series] = []
     problems: list[str] = []
-    for scan in _scans(source, found, notes, problems):
+    for scan in _scans(source, found, choice, remarks, problems, "brain"):
         try:
+            check_field_of_view(scan, "brain")
+            scan = straightened(scan)
             series += _brain_scan(scan, size)
         except BadSampleError as error:
             problems.append(str(error))
             continue
-        notes += scan.notes
+        remarks.of(scan)
     if not series:
         raise BadSampleError(problems[0]) if problems else _nothing(source, "brain")
-    return series, [*notes, *(f"series left out: {problem}" for problem in problems)]
+    remarks.warnings += [f"series left out: {problem}" for problem in problems]
+    return series
 
 
-def _scans(source: Path, found: _Found, notes: list[str], problems: list[str]) -> list[Scan]:
-    """NIfTI files and DICOM series; those that cannot be read are added to `problems`, remarks to `notes`."""
+def _chosen(
+    source: Path,
+    found: Sequence[_FoundT],
+    names: Callable[[_FoundT], tuple[str, ...]],
+    choice: SeriesChoice,
+    remarks: _Remarks,
+    label: Callable[[_FoundT], str] | None = None,
+) -> list[_FoundT]:
+    """The series asked for.
+
+    Raises:
+        SeriesListed: a list was asked for.
+        BadSampleError: none is left.
+    """
+    listed = [label(one) if label else " ".join(names(one)) for one in found]
+    if choice.list_only:
+        raise SeriesListed(source, listed)
+    kept = [one for one in found if choice.takes(*names(one))]
+    if found and not kept:
+        raise BadSampleError(
+            f"{source}: no series is left by --series {' '.join(choice.wanted) or '(all)'} and --exclude-series "
+            f"{' '.join(choice.unwanted) or '(none)'}; there are: {_listed(listed)}"
+        )
+    if len(kept) < len(found):
+        left = [text for one, text in zip(found, listed) if one not in kept]
+        remarks.notes.append(f"not read, as asked: {_listed(left)}")
+    return kept
+
+
+def _scans(
+    source: Path, found: _Found, choice: SeriesChoice, remarks: _Remarks, problems: list[str], body: Body
+) -> list[Scan]:
+    """NIfTI files and DICOM series; those that cannot be read are added to `problems`."""
     scans: list[Scan] = []
     dicom: list[DicomSeries] = []
     if found.dicom:
         dicom, left_out = usable_series(find_dicom_series(source))
-        notes += left_out
+        # A localizer is no loss; what is damaged or incomplete is.
+        remarks.notes += [note for note in left_out if _is_expected(note)]
+        remarks.warnings += [note for note in left_out if not _is_expected(note)]
         if not dicom:
-            raise _nothing(source, "brain", left_out)
-    for path in found.nifti:
+            raise _nothing(source, body, left_out)
+        if body == "chest":
+            dicom = [one for one in dicom if one.modality == "CT"]
+            if not dicom:
+                raise _nothing(source, body, left_out)
+        dicom = _chosen(source, dicom, _names_of_dicom, choice, remarks, lambda one: one.label)
+        if body == "chest":
+            _refuse_several(source, [one.label for one in dicom])
+    nifti = _chosen(source, found.nifti, lambda path: (_nifti_name(path), path.name), choice, remarks)
+    if body == "chest":
+        _refuse_several(source, [str(path) for path in nifti])
+    for path in nifti:
         try:
-            scan = read_nifti(path)
+            volumes = read_nifti(path, fill=choice.fill_nan)
         except BadSampleError as error:
             problems.append(str(error))
             continue
-        scans.append(Scan(_nifti_name(path), scan.voxels, scan.affine, path, scan.modality, scan.notes))
+        stem = _nifti_name(path)
+        for volume in volumes:
+            label = volume.name.removeprefix(nifti_stem(path))
+            scans.append(replace(volume, name=f"{stem}{label}"))
     for one in dicom:
         try:
-            scans.append(read_dicom(one))
+            scans.append(read_dicom(one, fill=choice.fill_nan))
         except BadSampleError as error:
             problems.append(str(error))
     return scans
+
+
+def _names_of_dicom(series: DicomSeries) -> tuple[str, ...]:
+    return (series.description, str(series.number), *(path.name for path in series.files[:1]))
+
+
+def _is_expected(note: str) -> bool:
+    """Whether a series that is left out was none to begin with."""
+    return any(word in note for word in ("a localizer", "fewer than", "neither CT nor MR", "pictures of them"))
 
 
 def _fits(path: Path, size: Size) -> bool:
@@ -344,8 +426,8 @@ def _fits(path: Path, size: Size) -> bool:
 
 
 def _brain_tensors(
-    study: str, files: Sequence[SeriesFile], prepare: Preparation, size: Size
-) -> tuple[list[_Series], list[str]]:
+    study: str, files: Sequence[SeriesFile], prepare: Preparation, size: Size, remarks: _Remarks
+) -> list[_Series]:
     """`.pt` files of grey values, as the zero-shot evaluations read them."""
     loaded = load_study(study, files, size=size, prepare=prepare)
     series = []
@@ -356,42 +438,60 @@ def _brain_tensors(
         geometry = _of_voxel_map(Geometry.of_input(grey.shape), loaded.voxel_maps[number], size)
         grid = assumed_grid(grey.shape, BRAIN_CODES, (1.0, 1.0, 1.0))
         series.append(_Series(loaded.image[number], InputView(name, grey, "grey", geometry, file_grid=grid)))
-    notes = [f"series left out: {message}" for _, message in loaded.skipped]
-    notes.append(
+    remarks.warnings += [f"series left out: {message}" for _, message in loaded.skipped]
+    remarks.notes.append(
         ".pt files say nothing about voxel size and orientation: written volumes have voxels of 1 mm, counted as the "
         "brain format is (columns to the right, rows to the back, slices to the feet)"
     )
-    return series, notes
+    return series
+
+
+_NAMED_CT = re.compile(r"(?i)(?<![a-z])(h?ct|ncct|cect|cta)(?![a-z])")
 
 
 def _brain_scan(scan: Scan, size: Size) -> list[_Series]:
     """One MRI series, or the three windows of a head CT."""
     turned = orient(scan, BRAIN_CODES, largest_spacing_first=True)
     is_ct = scan.modality == "CT" or (not scan.modality and looks_like_hu(scan.voxels))
-    name = series_text(scan.name, turned.plane)
+    plane = scan.plane or turned.plane
+    name = series_text(scan.name, plane, is_certain=scan.plane is not None)
     if is_ct:
         hu = _int16(turned.voxels)
         if not looks_like_hu(hu):
-            raise BadSampleError(
-                f"{scan.source}: CT with values from {hu.min()} to {hu.max()}; expected HU, air near -1000 and soft "
-                "tissue near 0: convert it again with its slope and intercept"
-            )
+            raise _no_hu(scan)
         scan.notes.append(f"{name}: head CT in HU, read as {len(HEAD_WINDOWS_HU)} series by window")
-        stem = name.removeprefix("AX_")
+        stem = name.removeprefix(f"{plane}_")
         return [
-            _brain_series(f"{stem}_AX_{word}", hu, window.apply(torch.from_numpy(hu)), turned, size, window)
+            _brain_series(f"{stem}_{plane}_{word}", hu, window.apply(torch.from_numpy(hu)), turned, size, window)
             for word, window in HEAD_WINDOWS_HU.items()
         ]
+    if not scan.modality and (looks_like_shifted_hu(scan.voxels) or _NAMED_CT.search(scan.source.name)):
+        raise _no_hu(scan)
     low, high = np.percentile(turned.voxels, BRAIN_PERCENTILES)
     if not high > low:
         raise BadSampleError(f"{scan.source}: nearly every voxel is {low:g}; expected the grey values of a scan")
     unit = (np.clip(turned.voxels, low, high).astype(np.float32) - np.float32(low)) / np.float32(high - low)
     grey = np.rint(unit * 255).astype(np.uint8)
-    return [_brain_series(name, grey, torch.from_numpy(np.ascontiguousarray(unit)), turned, size, None)]
+    image = torch.from_numpy(np.ascontiguousarray(unit))
+    return [_brain_series(name, grey, image, turned, size, None, original=np.ascontiguousarray(turned.voxels))]
+
+
+def _no_hu(scan: Scan) -> BadSampleError:
+    return BadSampleError(
+        f"{scan.source}: a CT with values from {scan.voxels.min():g} to {scan.voxels.max():g}; expected HU, air near "
+        "-1000 and soft tissue near 0: convert it again with its slope and intercept (values of 0 … 4095 mostly lack "
+        "an intercept of -1024)"
+    )
 
 
 def _brain_series(
-    name: str, values: np.ndarray, unit: Tensor, turned: OrientedScan, size: Size, window: HounsfieldWindow | None
+    name: str,
+    values: np.ndarray,
+    unit: Tensor,
+    turned: OrientedScan,
+    size: Size,
+    window: HounsfieldWindow | None,
+    original: np.ndarray | None = None,
 ) -> _Series:
     """A series of grey values 0…1 at the file's own size."""
     volume, voxel_map = resample_brain(unit, size)
@@ -404,6 +504,7 @@ def _brain_series(
         affine=turned.affine,
         window_hu=None if window is None else (window.hu_min, window.hu_max),
         file_grid=turned.file_grid,
+        original=original,
     )
     return _Series(normalise_grey(volume, "0-1")[None], view)
 
@@ -432,54 +533,49 @@ def _of_voxel_map(geometry: Geometry, voxel_map: VoxelMap, size: Size) -> Geomet
 # --- chest CT --------------------------------------------------------------------------------------------------------
 
 
-def _open_chest(source: Path, options: ChestInput) -> tuple[list[_Series], list[str]]:
+def _open_chest(source: Path, options: ChestInput, choice: SeriesChoice, remarks: _Remarks) -> _Series:
     found = _find(source)
-    notes = list(found.notes)
+    remarks.notes += found.notes
     if found.tensors:
-        _refuse_several(source, [str(file.path) for file in found.tensors])
-        path = found.tensors[0].path
-        notes.append(
+        files = _chosen(source, found.tensors, lambda file: (file.name, file.path.name), choice, remarks)
+        _refuse_several(source, [str(file.path) for file in files])
+        path = files[0].path
+        remarks.notes.append(
             "a .pt file says nothing about voxel size and orientation: those of the chest format are taken, 3×1×1 mm, "
             "columns to the left, rows to the back, slices to the head"
         )
         hu = read_volume(path)
         grid = assumed_grid(hu.shape, CHEST_CODES, CHEST_SPACING_MM)
-        series = _chest_series(path.stem, path, hu, options, notes, spacing_mm=CHEST_SPACING_MM, file_grid=grid)
-        return [series], notes
-    scan = _one_scan(source, found, notes)
+        return _chest_series(path.stem, path, hu, options, remarks, spacing_mm=CHEST_SPACING_MM, file_grid=grid)
+    if not found.dicom and not found.nifti:
+        raise _nothing(source, "chest")
+    problems: list[str] = []
+    scans = _scans(source, found, choice, remarks, problems, "chest")
+    if not scans:
+        raise BadSampleError(problems[0])
+    scan = scans[0]
+    _refuse_several(source, [f"{one.name} ({one.source})" for one in scans])
+    check_field_of_view(scan, "chest")
     is_ct_rate = _is_ct_rate(scan.source)
+    if not is_ct_rate:
+        scan = straightened(scan)
     turned = orient(scan, None if is_ct_rate else CHEST_CODES)
     if is_ct_rate:
-        notes.append("a CT-RATE file: its axes are taken in their stored order, as the published converter does")
-    notes += scan.notes
+        remarks.notes.append(
+            "a CT-RATE file: its axes are taken in their stored order, as the published converter does"
+        )
+    remarks.of(scan)
     hu = torch.from_numpy(np.ascontiguousarray(turned.voxels)).float()
-    series = _chest_series(
+    return _chest_series(
         scan.name or _name_of(scan.source),
         scan.source,
         hu,
         options,
-        notes,
+        remarks,
         spacing_mm=turned.spacing_mm,
         affine=turned.affine,
         file_grid=turned.file_grid,
     )
-    return [series], notes
-
-
-def _one_scan(source: Path, found: _Found, notes: list[str]) -> Scan:
-    """The one NIfTI file or DICOM series of a source; of several series one has to be chosen by its file."""
-    if found.dicom:
-        dicom, left_out = usable_series(find_dicom_series(source))
-        notes += left_out
-        ct = [one for one in dicom if one.modality == "CT"]
-        if not ct:
-            raise _nothing(source, "chest", left_out)
-        _refuse_several(source, [one.label for one in ct])
-        return read_dicom(ct[0])
-    if not found.nifti:
-        raise _nothing(source, "chest")
-    _refuse_several(source, [str(path) for path in found.nifti])
-    return read_nifti(found.nifti[0])
 
 
 def _refuse_several(source: Path, names: Sequence[str]) -> None:
@@ -487,8 +583,8 @@ def _refuse_several(source: Path, names: Sequence[str]) -> None:
         listed = "".join(f"\n  {name}" for name in names[:_MOST_LISTED])
         more = f"\n  and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
         raise BadSampleError(
-            f"{source}: holds {len(names)} scans, and a chest model reads one; give one of them (a DICOM file stands "
-            f"for its series):{listed}{more}"
+            f"{source}: holds {len(names)} scans, and a chest model reads one; give one of them by --series, or its "
+            f"file (a DICOM file stands for its series):{listed}{more}"
         )
 
 
@@ -500,15 +596,15 @@ def _is_ct_rate(path: Path) -> bool:
     return True
 
 
-def _chest_series(name: str, source: Path, hu: Tensor, options: ChestInput, notes: list[str], **where: Any) -> _Series:
+def _chest_series(name: str, source: Path, hu: Tensor, options: ChestInput, remarks: _Remarks, **where: Any) -> _Series:
     """One chest volume in HU at the file's own size."""
     hu = hu.float()
     shift_hu = double_rescale_hu(hu, source, options)
     if shift_hu:
         hu = hu + shift_hu
-        notes.append(f"values were HU minus {shift_hu:g}, rescaled twice; added back")
+        remarks.warnings.append(f"values were HU minus {shift_hu:g}, rescaled twice; added back")
     if options.read_as_is:
-        notes.append("values were taken as they are, without a look at whether they are HU (--read-as-is)")
+        remarks.warnings.append("values were taken as they are, without a look at whether they are HU (--read-as-is)")
     own_size = tuple(hu.shape)
     geometry = Geometry.of_input(own_size)
     volume, geometry = _at_chest_spacing(hu, where["spacing_mm"], geometry)
@@ -522,7 +618,7 @@ def _chest_series(name: str, source: Path, hu: Tensor, options: ChestInput, note
         geometry = geometry.crop(start, options.size)
         cut = [max(0, n - m) for n, m in zip(volume.shape, options.size)]
         if any(cut):
-            notes.append(
+            remarks.notes.append(
                 f"the model sees the middle {'×'.join(str(min(n, m)) for n, m in zip(volume.shape, options.size))} of "
                 f"{'×'.join(map(str, volume.shape))} voxels; the rest is outside its crop"
             )
