@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import resource
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from itemizedclip_radiology.data.studies import SeriesFile, load_study
 from itemizedclip_radiology.data.volumes import (
     HounsfieldWindow,
     VoxelMap,
@@ -360,3 +364,42 @@ def test_second_rescale_is_recognised():
 def test_values_that_are_no_hu_are_refused(volume, words):
     with pytest.raises(BadSampleError, match=f"^scan.pt: .*({words})"):
         excess_rescale_hu(volume, source="scan.pt")
+
+
+def bomb(path: Path, kind: str) -> Path:
+    """A small file that tells of gigabytes."""
+    if kind == "expanded":
+        torch.save(torch.zeros(1).expand(16, 40_000, 4_000), path)
+    elif kind == "meta":
+        torch.save(torch.empty(1024, 1024, 1024, device="meta"), path)
+    elif kind == "overlapping":
+        torch.save(torch.zeros(1000).as_strided((500, 1000, 500), (1, 0, 1)), path)
+    else:
+        torch.save(torch.zeros(64, 1024, 1024), path)
+        with zipfile.ZipFile(path) as archive:
+            entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries:
+                archive.writestr(name, content)
+    assert path.stat().st_size < 1e6
+    return path
+
+
+@pytest.mark.parametrize("kind", ["expanded", "meta", "overlapping", "deflated"])
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_small_files_that_tell_of_gigabytes_are_refused_from_their_header(tmp_path, kind, memory_map):
+    path = bomb(tmp_path / "img.pt", kind)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadSampleError, match=r"img\.pt: "):
+        read_volume(path, memory_map=memory_map)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+@pytest.mark.parametrize("kind", ["expanded", "meta", "deflated"])
+def test_such_a_series_is_left_out_of_its_study(tmp_path, kind):
+    bomb(tmp_path / "a.pt", kind)
+    torch.save(torch.rand(48, 224, 224), tmp_path / "b.pt")
+    files = [SeriesFile(name, tmp_path / f"{name}.pt") for name in "ab"]
+    loaded = load_study("study", files, size=(48, 224, 224), prepare="crop")
+    assert loaded.names == ["b"]
+    assert [name for name, _ in loaded.skipped] == ["a"] or "a.pt" in str(loaded.skipped[0])

@@ -9,6 +9,7 @@ margin to crop away. Chest CT files hold Hounsfield units (HU) at 3×1×1 mm and
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +123,12 @@ def _load_tensor(path: Path, memory_map: bool) -> Tensor:
     try:
         with path.open("rb") as file:
             is_archive = file.read(4) == b"PK\x03\x04"
+        if is_archive:
+            _check_stored(path)
         # Only archives (every torch.save since 2020) can be memory-mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=memory_map and is_archive)
+    except BadSampleError:
+        raise
     except pickle.UnpicklingError as error:
         if "nsupported" in str(error):
             raise BadSampleError(
@@ -139,7 +144,31 @@ def _load_tensor(path: Path, memory_map: bool) -> Tensor:
         raise BadSampleError(f"{path}: holds a {type(content).__name__}; {expected}")
     if content.layout != torch.strided:
         raise BadSampleError(f"{path}: holds a {content.layout} tensor; expected a dense one: save tensor.to_dense()")
+    # Judged from what the file says, before a value is touched: 1 kB can tell of gigabytes.
+    if content.device.type != "cpu" or content.is_quantized:
+        raise BadSampleError(f"{path}: holds a tensor without plain values ({content.device.type}); {expected}")
+    told, held = content.numel() * content.element_size(), content.untyped_storage().nbytes()
+    if told > held:
+        raise BadSampleError(
+            f"{path}: tells of {'×'.join(map(str, content.shape))} voxels ({told:,} bytes) and holds {held:,} bytes; "
+            f"{expected}: save tensor.contiguous()"
+        )
     return content.detach()
+
+
+def _check_stored(path: Path) -> None:
+    """Refuse an archive whose entries are larger than the file: torch.save never compresses.
+
+    Raises:
+        BadSampleError: with both sizes.
+    """
+    with zipfile.ZipFile(path) as archive:
+        told = sum(entry.file_size for entry in archive.infolist())
+    size = path.stat().st_size
+    if told > size:
+        raise BadSampleError(
+            f"{path}: is compressed, {size:,} bytes that become {told:,}; expected a file as torch.save writes it"
+        )
 
 
 def check_finite(volume: Tensor, *, source: str | Path) -> None:
