@@ -1,6 +1,7 @@
 """The command `itemizedclip`: one subcommand per thing a user does.
 
 itemizedclip train      train a recipe by its name: the published ones, or one on your own images
+itemizedclip prepare    reports or redundant captions → independent text items
 itemizedclip demo       train on itemized scenes, evaluate, draw where each item looked
 itemizedclip index      encode a folder of images once, so that search finds them
 itemizedclip search     find images of an index by text, and where each text looked
@@ -18,6 +19,7 @@ from itemizedclip.runtime.flags import ending_quietly
 
 COMMANDS = {
     "train": ("itemizedclip.commands.train", "train a recipe by its name: the published ones, or your own images"),
+    "prepare": ("itemizedclip.commands.prepare", "reports or captions → the items that training reads"),
     "demo": (
         "itemizedclip.commands.demo",
         "train on the embedded itemized scenes, evaluate, draw an attention picture",

@@ -7,6 +7,7 @@ repeated key mean the same everywhere; every file of ours is written here.
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
 import json
@@ -19,9 +20,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from itemizedclip.runtime.errors import MissingFileError, UserError
+
+if TYPE_CHECKING:
+    from _csv import Reader
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
@@ -271,3 +275,29 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise _RefusedError(f"{digits} is no number that a computer holds")
     return value
+
+
+@contextmanager
+def open_csv(path: str | Path, *, holding: str) -> Iterator[Reader]:
+    """A reader of the rows of a CSV in UTF-8.
+
+    Args:
+        path: the file.
+        holding: what the file should hold, for messages.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: bytes that are no text, or text that is no CSV; raised while rows are read.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file; expected a CSV with {holding}")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        # Strict: a quote that never closes would give one patient the findings of the next ones.
+        reader = csv.reader(file, strict=True)
+        try:
+            yield reader
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: is no text in UTF-8; expected a CSV with {holding}: save it as UTF-8") from None
+        except csv.Error as error:
+            raise UserError(f"{path}: line {reader.line_num}: {error}; expected a CSV with {holding}") from None

@@ -21,6 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.files import open_csv
 from itemizedclip_radiology.benchmarks.labelled_studies import (
     LabelledStudies,
     Protocol,
@@ -29,7 +30,7 @@ from itemizedclip_radiology.benchmarks.labelled_studies import (
     visible_entries,
 )
 from itemizedclip_radiology.benchmarks.zero_shot import Measures, StudyOptions, finding_measures
-from itemizedclip_radiology.data.label_table import LabelTable, has_column, header_of, open_csv, read_label_csv
+from itemizedclip_radiology.data.label_table import LabelTable, has_column, header_of, read_label_csv
 from itemizedclip_radiology.data.studies import SeriesFile, Study
 
 WINDOWS = {"img_blood.pt": "BloodWindow", "img_bone.pt": "BoneWindow", "img_brain.pt": "BrainWindow"}

@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from itemizedclip.runtime.errors import MissingFileError, UserError
-from itemizedclip.runtime.files import written_whole
-
-if TYPE_CHECKING:
-    from _csv import Reader
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import open_csv, written_whole
 
 _VALUES = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "-1": -1, "-1.0": -1}
 
@@ -71,32 +66,6 @@ def same_id(text: str) -> str:
 def column_key(name: str) -> str:
     """What two spellings of a column name have in common: lower-case letters and digits."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-@contextmanager
-def open_csv(path: str | Path, *, holding: str) -> Iterator[Reader]:
-    """A reader of the rows of a CSV in UTF-8.
-
-    Args:
-        path: the file.
-        holding: what the file should hold, for messages.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: bytes that are no text, or text that is no CSV; raised while rows are read.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file; expected a CSV with {holding}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        # Strict: a quote that never closes would give one patient the findings of the next ones.
-        reader = csv.reader(file, strict=True)
-        try:
-            yield reader
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: is no text in UTF-8; expected a CSV with {holding}: save it as UTF-8") from None
-        except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num}: {error}; expected a CSV with {holding}") from None
 
 
 def read_label_csv(

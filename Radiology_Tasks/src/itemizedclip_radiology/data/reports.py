@@ -18,8 +18,7 @@ import numpy as np
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.files import read_json
-from itemizedclip_radiology.data.label_table import open_csv
+from itemizedclip.runtime.files import open_csv, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ import pandas as pd
 import tyro
 
 from itemizedclip.runtime.errors import MissingFileError, UserError
-from itemizedclip.runtime.files import written_whole
+from itemizedclip.runtime.files import open_csv, written_whole
 from itemizedclip_radiology.benchmarks.chest_ct import (
     CT_RATE_COLUMNS,
     CT_RATE_VALID_POSITIVES,
@@ -40,7 +40,7 @@ from itemizedclip_radiology.benchmarks.chest_ct import (
 )
 from itemizedclip_radiology.benchmarks.head_ct import CQ500_COLUMNS, CQ500_POSITIVES, RSNA_COLUMNS, cq500_id
 from itemizedclip_radiology.data.ct_rate_tree import parse_volume_name
-from itemizedclip_radiology.data.label_table import LabelTable, column_key, count_differences, open_csv, write_label_csv
+from itemizedclip_radiology.data.label_table import LabelTable, column_key, count_differences, write_label_csv
 
 # --- RSNA ------------------------------------------------------------------------------------------------------------
 
