@@ -184,7 +184,8 @@ def _row_report(
     for place in texts:
         column = _section_of_column(header[place]) if place < len(header) else ""
         # A column called like a section is that section: its text may have no heading of its own.
-        heading = f"{column.upper()}:\n" if section_role(column) in ("findings", "impression") else ""
+        named = section_role(column) in ("findings", "impression") and column not in TEXT_FIELDS
+        heading = f"{column.upper()}:\n" if named else ""
         if row[place].strip():
             parts.append(heading + row[place])
     entry = {header[place]: row[place] for place in range(min(len(header), len(row))) if len(header) > 1}
