@@ -7,6 +7,7 @@ itemizedclip index      encode a folder of images once, so that search finds the
 itemizedclip search     find images of an index by text, and where each text looked
 itemizedclip report     one image or study and where each of its items looked, as one HTML file
 itemizedclip explain    the same as pictures and NIfTI volumes, or as numbers over a set
+itemizedclip export     a model as ONNX graphs, for programs without PyTorch
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ COMMANDS = {
         "one image or study and where each of its items looked, as one HTML file",
     ),
     "explain": ("itemizedclip.commands.explain", "the same as pictures and NIfTI volumes, or as numbers over a set"),
+    "export": ("itemizedclip.commands.export", "a model as ONNX graphs, for programs without PyTorch"),
 }
 """Name → (module with `main(argv)`, one line for --help)."""
 
