@@ -280,7 +280,8 @@ def commands() -> Iterator[tuple[str, str, Callable[[list[str]], object], list[s
     for name, (module_name, summary) in COMMANDS.items():
         module = importlib.import_module(module_name)
         registry = next((value for value in vars(module).values() if isinstance(value, Registry)), None)
-        yield f"itemizedclip {name}", summary, module.main, list(registry.names()) if registry else []
+        names = list(registry.names()) if registry else list(getattr(module, "PREPARATIONS", {}))
+        yield f"itemizedclip {name}", summary, module.main, names
     for path in sorted([*ROOT.glob("2D_images_tasks/src/**/*.py"), *ROOT.glob("Radiology_Tasks/src/open_*/*.py")]):
         if any(part in WINGS for part in path.parts):
             continue

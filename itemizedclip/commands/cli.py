@@ -1,11 +1,13 @@
 """The command `itemizedclip`: one subcommand per thing a user does.
 
 itemizedclip train      train a recipe by its name: the published ones, or one on your own images
+itemizedclip prepare    reports or redundant captions → independent text items
 itemizedclip demo       train on itemized scenes, evaluate, draw where each item looked
 itemizedclip index      encode a folder of images once, so that search finds them
 itemizedclip search     find images of an index by text, and where each text looked
 itemizedclip report     one image or study and where each of its items looked, as one HTML file
 itemizedclip explain    the same as pictures and NIfTI volumes, or as numbers over a set
+itemizedclip export     a model as ONNX graphs, for programs without PyTorch
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from itemizedclip.runtime.flags import ending_quietly
 
 COMMANDS = {
     "train": ("itemizedclip.commands.train", "train a recipe by its name: the published ones, or your own images"),
+    "prepare": ("itemizedclip.commands.prepare", "reports or captions → the items that training reads"),
     "demo": (
         "itemizedclip.commands.demo",
         "train on the embedded itemized scenes, evaluate, draw an attention picture",
@@ -30,6 +33,7 @@ COMMANDS = {
         "one image or study and where each of its items looked, as one HTML file",
     ),
     "explain": ("itemizedclip.commands.explain", "the same as pictures and NIfTI volumes, or as numbers over a set"),
+    "export": ("itemizedclip.commands.export", "a model as ONNX graphs, for programs without PyTorch"),
 }
 """Name → (module with `main(argv)`, one line for --help)."""
 

@@ -42,6 +42,7 @@ from itemizedclip.training.options import (
     RunOptions,
     RunSettings,
 )
+from itemizedclip.training.own import OwnRun, own_like
 from itemizedclip.training.recipes import Opening, TrainingData, open_data, parse_run, train_opened
 from itemizedclip.training.run import launch_run
 from itemizedclip.viewer.figures import attention_figure, save_figure
@@ -125,6 +126,12 @@ def scenes() -> ScenesRun:
         optimizer=OptimizerSettings(lr=1e-3, lr_scheduler="const", weight_decay=0.1, eps=1e-8, warmup=50, epochs=16),
         loading=LoadingSettings(batch_size=32, num_sampled_captions=5, workers=0),
     )
+
+
+def own_scenes() -> OwnRun:
+    """Small pictures of your own, on a CPU: the smallest model, as itemized scenes train it."""
+    recipe = replace(scenes(), model=ModelSettings(model="ViT-scenes-ItemizedCLIP", precision="auto"))
+    return replace(own_like(recipe, join_items=False), run=RunSettings())
 
 
 def scenes_debug() -> ScenesRun:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from itemizedclip.data.items import check_text
+from itemizedclip.data.jsonl import read_own
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import read_json, read_lines
 from itemizedclip.runtime.logs import literal, shown
@@ -76,7 +77,7 @@ class QuestionOptions:
     """Texts to look for, joined by ';'; default: the input's own items, where it has some."""
 
     items_file: Path | None = None
-    """The same from a file: one text per line, or a .json list of texts."""
+    """The same from a file: one text per line, a .json list of texts, or the .jsonl of your data that lists INPUT."""
 
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda or cuda:N."""
@@ -97,7 +98,12 @@ class QuestionOptions:
     @property
     def texts(self) -> list[str]:
         """The texts given by flags; read here, where a file that cannot be read is one message."""
-        return read_items_file(self.items_file) if self.items_file is not None else split_texts(self.items or "")
+        if self.items_file is None:
+            return split_texts(self.items or "")
+        source: Path | None = getattr(self, "input", None)
+        if self.items_file.suffix.lower() == ".jsonl" and source is not None:
+            return items_of_input(self.items_file, source)
+        return read_items_file(self.items_file)
 
 
 def items_to_ask(texts: list[str], path: Path, source: ModelInput, *, remedy: str) -> list[str]:
@@ -147,6 +153,20 @@ def read_items_file(path: Path) -> list[str]:
     if not texts:
         raise UserError(f"{path}: holds no text; write one per line")
     return texts
+
+
+def items_of_input(path: Path, source: Path) -> list[str]:
+    """The items that a file of own data has for an image, or for the study whose folder holds its series.
+
+    Raises:
+        UserError: not such a file, or one that does not list the input.
+    """
+    file, wanted = read_own(path), source.expanduser().resolve()
+    for entry in file.entries:
+        paths = [(file.root / name).resolve() for name in ([entry.image] if entry.image else entry.series.values())]
+        if wanted in paths or any(wanted in one.parents for one in paths if entry.series):
+            return list(entry.items)
+    raise UserError(f"{path}: has no entry of {source}; give texts by --items")
 
 
 def score_table(explanation: Explanation) -> Table:

@@ -25,6 +25,7 @@ from torch import Tensor
 from itemizedclip.models.archive import DamagedError, unusable_tensor, verify_archive
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
+from itemizedclip.models.lora import fold
 from itemizedclip.models.tokenizers import ClipTokenizer
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import read_json
@@ -390,7 +391,7 @@ def load_pretrained(
             that carries its own tokenizer, or for a family that has no other.
         FileNotFoundError: a text model that is neither here nor to be had.
     """
-    contents = read_checkpoint(path)
+    contents = fold(read_checkpoint(path))
     state_dict = contents.pop("state_dict")
     contents.pop("optimizer", None)
     contents.pop("scaler", None)

@@ -87,7 +87,7 @@ class ItemizedCLIP2D(DualEncoder):
         x = self.transformer(x, attn_mask=self.causal_mask(C, x.dtype))
         x = self.ln_final(x)
         # End-of-text is the highest id of the vocabulary.
-        at_end = x[torch.arange(len(x), device=x.device), tokens_NC.argmax(dim=-1)]
+        at_end = x[torch.arange(x.shape[0], device=x.device), tokens_NC.argmax(dim=-1)]
         features_ND: Tensor = self.text_post(at_end)
         return features_ND
 

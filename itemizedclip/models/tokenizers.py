@@ -11,6 +11,8 @@ from functools import lru_cache
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
+from itemizedclip.runtime.registry import MissingExtraError
+
 
 @lru_cache(maxsize=1)
 def _clip_bpe() -> SimpleTokenizer:
@@ -38,3 +40,38 @@ class ClipTokenizer:
     def is_truncated(self, tokens_NC: Tensor) -> Tensor:
         """bool (N,): texts that fill the whole context; they were cut, or fit to the last token."""
         return tokens_NC[:, self.context_length - 1 :].ne(self.pad_id).any(1)
+
+    def to_json(self) -> str:
+        """The same tokenizer in the format of the package `tokenizers`, which needs no PyTorch.
+
+        Texts are not mended (`ftfy`) and HTML entities not resolved there; of plain texts the ids are equal.
+
+        Raises:
+            MissingExtraError: tokenizers is not installed.
+        """
+        try:
+            from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("exporting needs the package tokenizers: pip install -e '.[onnx]'") from error
+        bpe = _clip_bpe()
+        start, end = "<start_of_text>", "<end_of_text>"
+        merges = sorted(bpe.bpe_ranks, key=bpe.bpe_ranks.__getitem__)
+        backend = Tokenizer(models.BPE(vocab=dict(bpe.encoder), merges=merges, end_of_word_suffix="</w>"))
+        clean = [
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Lowercase(),
+        ]
+        backend.normalizer = normalizers.Sequence(clean)
+        words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+        backend.decoder = decoders.BPEDecoder("</w>")
+        ids = [(token, int(bpe.encoder[token])) for token in (start, end)]
+        backend.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=ids)
+        backend.enable_truncation(self.context_length)
+        backend.enable_padding(pad_id=self.pad_id, pad_token="!", length=self.context_length)
+        text: str = backend.to_str()
+        return text

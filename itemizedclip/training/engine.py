@@ -25,6 +25,7 @@ from itemizedclip.data.batch import ItemBatch, ItemSample
 from itemizedclip.data.preflight import check_dataset, duplicate_warning
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import transform_spec
+from itemizedclip.models.lora import CONFIG_KEY
 from itemizedclip.runtime.claims import Claim
 from itemizedclip.runtime.collectives import all_reduce_max, all_reduce_sum, barrier, gather_objects
 from itemizedclip.runtime.errors import UserError
@@ -109,6 +110,8 @@ def train(
                 start_from(model, options.model.pretrained)
             run = build(options, ranks, folder, model, source, evaluators, stop, spec, data_fingerprint)
             run.claim = claims[0]
+            if CONFIG_KEY in model.config:  # adapters are part of what a checkpoint's config rebuilds
+                config[CONFIG_KEY] = model.config[CONFIG_KEY]
             if resumed_from is not None:
                 restore(run, resumed_from, config)
             elif settings.resume is not None:

@@ -112,6 +112,12 @@ class ModelSettings:
     lock_text_freeze_layer_norm: bool = True
     """With --lock-text: its LayerNorms too, and no dropout; the published chest CT run freezes neither."""
 
+    lora_image: int = 0
+    """Rank of adapters (LoRA) that train in the image tower instead of its weights; 0: none. Needs '.[finetune]'."""
+
+    lora_text: int = 0
+    """The same in the text tower."""
+
     grad_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass: less memory, about a third more time."""
 
@@ -123,6 +129,12 @@ class ModelSettings:
     bfloat16, else amp on GPUs and fp32 on CPUs."""
 
     def __post_init__(self) -> None:
+        at_least(self, lora_image=0, lora_text=0)
+        for tower in ("image", "text"):
+            check(
+                not (getattr(self, f"lora_{tower}") and getattr(self, f"lock_{tower}")),
+                f"--lora-{tower} trains adapters in a tower that --lock-{tower} freezes; drop one of them",
+            )
         check(
             not (self.torchcompile and self.grad_checkpointing),
             "--torchcompile together with --grad-checkpointing is not tested; drop one of them",

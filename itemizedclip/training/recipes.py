@@ -1,7 +1,8 @@
 """Recipes: a domain's training run in one place, found by name.
 
-A recipe is a function without arguments that returns `RunOptions`; its docstring's first line is what --help says of
-it. The options' group `data` opens itself: `data.open(opening) -> TrainingData`. Packages register recipes under the
+A recipe is a function that returns `RunOptions`; its docstring's first line is what --help says of it. It takes no
+arguments, or words that decide its defaults: `own(like, finetune)` gets the values of --like and --finetune. The
+options' group `data` opens itself: `data.open(opening) -> TrainingData`. Packages register recipes under the
 entry-point group `itemizedclip.recipes`.
 """
 
@@ -35,7 +36,7 @@ from itemizedclip.training.options import RunOptions
 from itemizedclip.training.run import Evaluator, launch_run
 
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
-Recipe = Callable[[], RunOptions]
+Recipe = Callable[..., RunOptions]
 
 RECIPES: Registry[Recipe] = Registry("itemizedclip.recipes", "recipe")
 """Every recipe of the packages that are installed."""
@@ -202,12 +203,22 @@ def parse_recipe(
     """
     try:
         make = recipe or RECIPES.load(name)
-        base = make()
+        base = make(**_words(make, argv, prog))
     except UserError as error:
         _exit_with(prog, str(error))
     base = dataclasses.replace(base, run=dataclasses.replace(base.run, recipe=name))
     description = f"{inspect.getdoc(make) or ''}\n\nThe defaults below are those of the recipe {name}."
     return read_flags(type(base), argv, prog=prog, description=description, default=base, published=True)
+
+
+def _words(make: Recipe, argv: Sequence[str] | None, prog: str | None) -> dict[str, str]:
+    """The flags that a recipe itself takes, which decide its other defaults."""
+    names = list(inspect.signature(make).parameters)
+    first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    for name in names:
+        first.add_argument(f"--{name}", default="")
+    found = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))[0]
+    return {name: getattr(found, name) for name in names}
 
 
 def parse_run(

@@ -22,6 +22,7 @@ from itemizedclip.data.sampler import BadSampleCounter
 from itemizedclip.evaluation.evaluator import Evaluator as Evaluator
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import load_weights, read_checkpoint
+from itemizedclip.models.lora import add_adapters, fold
 from itemizedclip.runtime.claims import Claim
 from itemizedclip.runtime.collectives import gather_objects
 from itemizedclip.runtime.precision import Precision, resolve_precision
@@ -165,6 +166,7 @@ def build(
     model.lock(
         image=settings.lock_image, text=settings.lock_text, freeze_layer_norm=settings.lock_text_freeze_layer_norm
     )
+    add_adapters(model, image=settings.lora_image, text=settings.lora_text)
     freeze_unused(model, options)
     model.set_grad_checkpointing(settings.grad_checkpointing)
     task = ItemizedTask(model, options.objective, num_chunks=options.loading.accum_freq).train()
@@ -241,7 +243,7 @@ def _wrap(task: ItemizedTask, ranks: Ranks) -> nn.Module:
 
 def start_from(model: DualEncoder, path: Path) -> None:
     """Take the weights of a run's or a released checkpoint and say which keys were left out or changed."""
-    notes = load_weights(model, read_checkpoint(path)["state_dict"], source=str(path))
+    notes = load_weights(model, fold(read_checkpoint(path))["state_dict"], source=str(path))
     logger.info("starting from the weights of %s", path)
     for note in notes:
         logger.info("  %s", note)

@@ -1,6 +1,7 @@
 """A folder of images or studies with their items, and masks where there are some, as an evaluator's data set.
 
     FOLDER/NAME                     what `open_input` reads: an image file, a study folder, a scan
+    own data (.jsonl, .csv)         see `itemizedclip.data.jsonl`: paths of images are the names
     items JSON                      {"NAME": ["item", …]}, or per item {"item": …, "series": […], "finding": …}
     MASKS/NAME.npz or NAME.pt       {"1": mask of the first item, …} by the item's number or its "finding"; or, in a
                                     .npz, one array "masks" (K, …)
@@ -26,6 +27,7 @@ from torch import Tensor
 from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.images import SUFFIXES, decode_mask
 from itemizedclip.data.items import check_id
+from itemizedclip.data.jsonl import read_own
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.files import read_json
@@ -171,6 +173,16 @@ def read_item_file(path: Path) -> dict[str, list[SetItem]]:
         FileNotFoundError: no such file.
         ValueError: not the format above; names file and key.
     """
+    if path.suffix.lower() in (".jsonl", ".csv"):
+        entries = read_own(path).entries
+        if any(entry.series for entry in entries):
+            raise UserError(
+                f"{path}: lists studies by their series; expected images, or a .json of study folders' names"
+            )
+        return {
+            entry.image: [SetItem(text, str(number)) for number, text in enumerate(entry.items, start=1)]
+            for entry in entries
+        }
     content = read_json(path, holding="items")
     if not isinstance(content, dict):
         raise UserError(f'{path}: expected an object {{"NAME": ["item", …]}}')

@@ -30,6 +30,7 @@ from itemizedclip.training.options import (
     RunOptions,
     RunSettings,
 )
+from itemizedclip.training.own import OwnRun, own_like
 from itemizedclip.training.recipes import Opening, TrainingData, train_door
 from itemizedclip.training.run import Evaluator
 from itemizedclip_2d.rsicd import RsicdDataset, load_external_captions, resolve_validation_split
@@ -283,6 +284,16 @@ def itemized_cc03m_debug() -> ShardRun:
         loading=replace(recipe.loading, batch_size=4, workers=0),
         data=replace(recipe.data, train_num_samples=None),
     )
+
+
+def own_rsicd() -> OwnRun:
+    """Remote-sensing and other images, a few thousand: as the recipe rsicd."""
+    return own_like(rsicd())
+
+
+def own_natural() -> OwnRun:
+    """Photographs, hundreds of thousands: as the recipe itemized_cc0.3M."""
+    return own_like(itemized_cc03m())
 
 
 def main(argv: Sequence[str] | None = None) -> TrainResult:

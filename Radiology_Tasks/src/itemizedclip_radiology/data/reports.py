@@ -104,15 +104,17 @@ class StudyIndex:
         *,
         on_bad_sample: Literal["skip", "stop"],
         studies: Iterable[str] | None = None,
+        entries: Mapping[str, Any] | None = None,
     ) -> None:
         """Read a JSON object of studies.
 
         Args:
-            path: JSON file.
+            path: JSON file; with `entries` only where they come from.
             check_entry: study id, its object → what to keep of it (JSON-able); raises ValueError naming the field.
             on_bad_sample: "stop" raises for the first entry that cannot be used, "skip" leaves such entries out and
                 logs them.
             studies: keep only these.
+            entries: the object itself, where it was read from another kind of file.
 
         Raises:
             FileNotFoundError: no such file.
@@ -120,7 +122,8 @@ class StudyIndex:
             BadSampleError: an entry that cannot be used, with "stop".
         """
         self.path = Path(path)
-        entries = read_json(path, holding='studies {"STUDY": {…, "report": […]}, …}')
+        if entries is None:
+            entries = read_json(path, holding='studies {"STUDY": {…, "report": […]}, …}')
         if not isinstance(entries, dict):
             raise UserError(f'{path}: expected an object {{"STUDY": {{…}}, …}}, found a {type(entries).__name__}')
         wanted = None if studies is None else set(studies)

@@ -104,13 +104,18 @@ class StudyDataset(Dataset[ItemSample], ABC):
             sample_id=self.index[row]["study"],
             image=study.image,
             items=drawn,
-            is_normal=is_normal_study(items, chest_ct=self.chest_ct),
+            is_normal=self.is_normal(row),
             series_names=study.series_names,
         )
 
     def items(self, row: int) -> list[str]:
         """All items of a study, in the report's order; no image is read."""
         return self.index[row]["report"]
+
+    def is_normal(self, row: int) -> bool:
+        """Whether a study reports no finding, as its items say it, unless its entry says so itself ("normal")."""
+        said = self.index[row].get("normal")
+        return is_normal_study(self.items(row), chest_ct=self.chest_ct) if said is None else bool(said)
 
     @property
     def studies(self) -> list[str]:

@@ -130,7 +130,7 @@ def regroup(tokens: Tensor, *, num_studies: int, num_groups: int) -> Tensor:
     Groups that join average their class tokens, parts of a group that splits each get a copy of its class token.
     One group count must divide the other, so that groups nest.
     """
-    old_groups = len(tokens) // num_studies
+    old_groups = tokens.shape[0] // num_studies
     if old_groups == num_groups:
         return tokens
     C = tokens.shape[-1]

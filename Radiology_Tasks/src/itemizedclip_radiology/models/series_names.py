@@ -189,15 +189,28 @@ class SeriesNameEncoder(nn.Module):
         P = names.shape[-1]
         if len(self.position_code) < P:
             raise UserError(f"series names have {P} positions, the encoder knows {len(self.position_code)}")
+        if is_exporting():
+            # Graphs know no checks of values, and no shapes that depend on them: every name, its padding masked.
+            return self._encode(names.reshape(-1, P)).view(*names.shape[:-1], self.width)
         distinct_NP, row_of_name = torch.unique(names.reshape(-1, P), dim=0, return_inverse=True)
         check_name_codes(distinct_NP)
         lengths = (distinct_NP != PAD).sum(-1)
-        distinct_NP = distinct_NP[:, : int(lengths.max())]
-        position_code = self.position_code[: distinct_NP.shape[1]].expand(len(distinct_NP), -1, -1)
-        x_NPE = torch.cat((self.embed(distinct_NP), position_code), dim=-1)
-        x_NPE = self.transformer(x_NPE, distinct_NP != PAD)
-        at_terminator = x_NPE[torch.arange(len(x_NPE), device=x_NPE.device), lengths - 1]
+        at_terminator = self._encode(distinct_NP[:, : int(lengths.max())])
         return at_terminator[row_of_name].view(*names.shape[:-1], self.width)
+
+    def _encode(self, names_NP: Tensor) -> Tensor:
+        """Name vectors (N, 256)."""
+        position_code = self.position_code[: names_NP.shape[1]].expand(names_NP.shape[0], -1, -1)
+        x_NPE = torch.cat((self.embed(names_NP), position_code), dim=-1)
+        x_NPE = self.transformer(x_NPE, names_NP != PAD)
+        lengths = (names_NP != PAD).sum(-1)
+        return x_NPE[torch.arange(x_NPE.shape[0], device=x_NPE.device), lengths - 1]
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` is looking at the model."""
+    # PyTorch 2.6 has the wider question alone.
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
 def load_series_name_weights(encoder: SeriesNameEncoder, path: str | Path) -> LoadReport:
