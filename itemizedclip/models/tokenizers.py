@@ -11,6 +11,9 @@ from functools import lru_cache
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
+CLIP_VOCABULARY = 49_408
+"""Entries of CLIP's vocabulary: ids that the text tower must embed."""
+
 
 @lru_cache(maxsize=1)
 def _clip_bpe() -> SimpleTokenizer:
