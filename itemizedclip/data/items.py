@@ -159,13 +159,18 @@ def check_id(name: str, where: object) -> str:
     return name
 
 
+def is_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no half of a character, as other bytes become in Python."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def check_text(text: str, where: object) -> str:
     """A text of the command line as it is.
 
     Raises:
         UserError: it holds bytes that are no UTF-8, which models do not read.
     """
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_text(text):
         raise UserError(f"{where}: {shown(text)[:80]!r} is no UTF-8 text; type it anew, or give it in a file")
     return text
 

@@ -136,7 +136,8 @@ class ItemizedCLIP2D(DualEncoder):
         image += (2 if v.no_ln_pre else 4) * v.width + _tower_numbers(v) + v.width * D
         texts = (t.vocab_size + t.context_length + 2) * t.width + _tower_numbers(t) + t.width * D
         mask = t.context_length**2
-        return image + texts + mask + head_numbers(D)
+        numbers: int = image + texts + mask + head_numbers(D)
+        return numbers
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)

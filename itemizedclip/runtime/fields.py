@@ -120,10 +120,10 @@ def check_fields(
         raise UserError(f"{place + ' ' if place else ''}lacks {', '.join(missing)}")
     for key, value in values.items():
         rule = rules.get(key)
-        name = f"{place}.{key}" if place else f"{key}"
         if rule is None and not others:
             raise UserError(f"{place or 'it'} has the unknown key {brief(key)}; known: {', '.join(sorted(rules))}")
         if rule is not None and not rule.holds(value):
+            name = f"{place}.{key}" if place else f"{key}"
             raise UserError(f"{name} is {brief(value)}; expected {rule.expected}")
     return values
 

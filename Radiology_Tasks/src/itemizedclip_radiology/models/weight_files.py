@@ -110,7 +110,8 @@ def local_folder(source: str | Path, patterns: Sequence[str], *, flag: str, fetc
         if not fetch:
             raise MissingFileError(
                 f"a model config names {source}, a repository of the Hugging Face hub that has not been fetched; no "
-                f"file makes this program fetch anything: ask for it with {flag} {source}, or give a folder there"
+                f"file makes this program fetch anything: ask for it with {flag} {source}, or bring its files and pass "
+                f"{flag} FOLDER"
             ) from error
         raise MissingFileError(
             f"{source}: not a local folder, not in the hub cache, not downloadable ({type(error).__name__}: offline, "
