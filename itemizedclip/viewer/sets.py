@@ -179,6 +179,8 @@ def read_item_file(path: Path) -> dict[str, list[SetItem]]:
     content = read_json(path, holding="items")
     if not isinstance(content, dict):
         raise UserError(f'{path}: expected an object {{"NAME": ["item", …]}}')
+    if not content:
+        raise UserError(f'{path}: expected an object {{"NAME": ["item", …]}}, found one without an entry')
     lists = {}
     for name, entries in content.items():
         if not isinstance(entries, list):

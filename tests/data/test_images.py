@@ -395,7 +395,10 @@ def test_an_index_of_every_kind(tmp_path, checkpoint, capsys, monkeypatch):
 
 def test_masks_that_unpack_to_gigabytes_are_refused(tmp_path):
     path = tmp_path / "a.npz"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("1.npy", "w") as entry:
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("1.npy", "w", force_zip64=True) as entry,
+    ):
         np.lib.format.write_array_header_1_0(entry, {"descr": "|b1", "fortran_order": False, "shape": (33, 8192, 8192)})
         for _ in range(33):
             entry.write(bytes(2**26))
@@ -403,9 +406,7 @@ def test_masks_that_unpack_to_gigabytes_are_refused(tmp_path):
     with pytest.raises(BadSampleError, match=r"a.npz: unpacks to 2,214,592,\d+ bytes, more than the 2,147,483,648"):
         read_masks(path)
     torch.save({"1": torch.zeros(1, dtype=torch.bool).expand(8192, 8192)}, tmp_path / "a.pt")
-    with pytest.raises(
-        BadSampleError, match=r"a.pt: masks cannot be read, 1 is \(8192, 8192\), larger than the 1 bytes"
-    ):
+    with pytest.raises(BadSampleError, match=r"a.pt: masks cannot be read, 1 is \(8192, 8192\), larger"):
         read_masks(tmp_path / "a.pt")
     for content in (b"", b"PK\x03\x04", b"x" * 100):
         path.write_bytes(content)
