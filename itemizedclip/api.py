@@ -92,7 +92,7 @@ def create_model_and_transforms(
     1
     """
     model = factory.create_model(name)
-    loaded = LoadedModel(model, model.config, factory.create_tokenizer(model.config))
+    loaded = LoadedModel(model, model.config, factory.create_tokenizer(model.config, fetch=factory.is_shipped(name)))
     return model, loaded.transform, loaded.tokenizer
 
 

@@ -152,11 +152,18 @@ def check_id(name: str, where: object) -> str:
     """The name of an image or study as it is, which may be part of a path.
 
     Raises:
-        UserError: it holds NUL, at which file systems and arrays of texts end a name.
+        UserError: it is blank, or holds NUL, at which file systems and arrays of texts end a name.
     """
+    if not name.strip():
+        raise UserError(f"{where}: the name is blank; expected the name of an image or study")
     if "\0" in name:
         raise UserError(f"{where}: name {shown(name)[:80]!r} holds NUL; expected the name of an image or study")
     return name
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no half of a character, as other bytes become in Python."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def check_text(text: str, where: object) -> str:
@@ -165,7 +172,7 @@ def check_text(text: str, where: object) -> str:
     Raises:
         UserError: it holds bytes that are no UTF-8, which models do not read.
     """
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_text(text):
         raise UserError(f"{where}: {shown(text)[:80]!r} is no UTF-8 text; type it anew, or give it in a file")
     return text
 
@@ -195,6 +202,8 @@ def load_item_lists(path: str | Path, *, integer_keys: bool = False) -> dict[Any
     expected = 'expected an object {"key": ["item", ...], ...}'
     if not isinstance(entries, dict):
         raise UserError(f"{path}: {expected}, found {_json_type(entries)}")
+    if not entries:
+        raise UserError(f"{path}: {expected}, found one without an entry")
     lists: dict[int | str, list[str]] = {}
     for key, items in entries.items():
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):

@@ -6,7 +6,7 @@ Axes: B images, N texts, L image tokens, D joint width, C text context length.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,21 @@ class DualEncoder(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.config = config
+
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any]) -> int:
+        """Refuse `vision_cfg` and `text_cfg` that this family cannot build; called before anything is built.
+
+        Args:
+            config: whose other fields are as they should be (`itemizedclip.models.config.check_common`).
+
+        Returns:
+            How many parameters and constants the model would have; 0 from families that do not say.
+
+        Raises:
+            UserError: names the field, what it holds and what was expected.
+        """
+        return 0
 
     def init_logit_parameters(self) -> None:
         """Scale 1/0.07 and bias −10 unless the config says otherwise (`init_logit_scale` is the logarithm)."""

@@ -23,11 +23,13 @@ from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_
 from torch import Tensor
 
 from itemizedclip.models.archive import DamagedError, unusable_tensor, verify_archive
+from itemizedclip.models.config import check_common, check_size
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.lora import fold
 from itemizedclip.models.tokenizers import ClipTokenizer
-from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.errors import MissingFileError, UserError, about
+from itemizedclip.runtime.fields import brief
 from itemizedclip.runtime.files import read_json
 from itemizedclip.runtime.registry import MissingExtraError, Registry
 
@@ -84,35 +86,86 @@ def load_model_config(name_or_path: str | Path) -> dict[str, Any]:
                 "or give the path of a config .json"
             )
     config = read_json(path, holding="a model config")
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a model config, an object {{…}}")
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    if missing:
-        raise UserError(f"{path}: model config lacks {', '.join(missing)}")
+    check_config(config, source=path)
     config.setdefault("name", path.stem)
-    return config
+    checked: dict[str, Any] = config
+    return checked
+
+
+def is_shipped(name_or_path: object) -> bool:
+    """Whether a name is that of a config of this project, not of a file of the user's or a stranger's.
+
+    Only what such a config names on the Hugging Face hub is fetched without a flag of its own.
+    """
+    return isinstance(name_or_path, str) and name_or_path in _config_files()
+
+
+def check_config(config: Any, *, source: object) -> int:
+    """Refuse a config that cannot be built, before anything is.
+
+    Args:
+        config: as read from a file or a checkpoint.
+        source: whose it is, for messages.
+
+    Returns:
+        How many parameters and constants the model would have; 0 from families that do not say.
+
+    Raises:
+        UserError: names source, field, what it holds and what was expected.
+    """
+    with about(f"{source}: model config" if str(source) else "the model config"):
+        check_common(config)
+        numbers = _family(config).check_config(config)
+        check_size(numbers)
+    return numbers
 
 
 def _family(config: Mapping[str, Any]) -> type[DualEncoder]:
     name = config["vision_cfg"].get("tower", "vit")
     if name not in FAMILIES.names():
         raise UserError(
-            f"vision_cfg.tower is {name!r}; installed families: {', '.join(FAMILIES.names())}. "
+            f"vision_cfg.tower is {brief(name)}; installed families: {', '.join(FAMILIES.names())}. "
             "Run `pip install -e .` in the project so that the wings register theirs."
         )
     return FAMILIES.load(name)
 
 
-def create_model(config: str | Mapping[str, Any]) -> DualEncoder:
-    """A model with fresh weights from a name, a path or a config."""
-    resolved = load_model_config(config) if isinstance(config, str) else copy.deepcopy(dict(config))
+def create_model(config: str | Mapping[str, Any], *, source: object = "") -> DualEncoder:
+    """A model with fresh weights from a name, a path or a config.
+
+    Args:
+        config: the name or path, or the config itself.
+        source: whose the config is, for messages.
+
+    Raises:
+        UserError: a config that cannot be built.
+    """
+    if isinstance(config, str):
+        resolved = load_model_config(config)
+    else:
+        check_config(config, source=source)
+        resolved = copy.deepcopy(dict(config))
     return _family(resolved)(resolved)
 
 
-def create_tokenizer(config: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """The tokenizer a config's text tower was trained with: texts → int64 (N, C); has `pad_id`."""
+def create_tokenizer(config: Mapping[str, Any], *, fetch: bool = False, source: object = "") -> Callable[..., Tensor]:
+    """The tokenizer a config's text tower was trained with: texts → int64 (N, C); has `pad_id`.
+
+    Args:
+        config: of the model.
+        fetch: whether a tokenizer that the config names on the Hugging Face hub may be fetched. Not for configs of
+            files and checkpoints, whose writers shall not choose what this machine connects to: for them only what
+            was fetched before is used.
+        source: whose the config is, for messages.
+
+    Raises:
+        UserError: a tokenizer that is not there or cannot be used.
+    """
     own: Callable[..., Callable[..., Tensor]] | None = getattr(_family(config), "create_tokenizer", None)
-    return ClipTokenizer(config["text_cfg"]["context_length"]) if own is None else own(config)
+    if own is None:
+        return ClipTokenizer(config["text_cfg"]["context_length"])
+    with about(source):
+        return own(config, fetch=True) if fetch else own(config)
 
 
 def create_transform(config: Mapping[str, Any], *, is_train: bool) -> Callable[..., Tensor]:
@@ -389,7 +442,8 @@ def load_pretrained(
     Raises:
         CheckpointError: unreadable file, weights that do not fit, no config known, or a text model for a checkpoint
             that carries its own tokenizer, or for a family that has no other.
-        FileNotFoundError: a text model that is neither here nor to be had.
+        FileNotFoundError: a text model that is neither here nor to be had; a checkpoint's own config makes nothing be
+            fetched (`create_tokenizer`).
     """
     contents = fold(read_checkpoint(path))
     state_dict = contents.pop("state_dict")
@@ -401,11 +455,34 @@ def load_pretrained(
             f"{path}: carries no model config (a released file?); name the model with --model, "
             f"one of {', '.join(list_models())}"
         )
-    chosen = own_config if own_config is not None else config
+    chosen: Any = own_config if own_config is not None else config
+    fetch = is_shipped(chosen)
+    if isinstance(chosen, str) and own_config is None:
+        chosen = load_model_config(chosen)
+    numbers = check_config(chosen, source=path)
+    held = sum(value.numel() for value in state_dict.values() if isinstance(value, Tensor))
+    if numbers > 2 * held + _SPARE_NUMBERS:
+        raise CheckpointError(
+            f"{path}: the model config describes a model of {numbers:,} numbers, the file holds {held:,}; give the "
+            "model the weights were trained with (--model), or the right checkpoint"
+        )
     if text_model is not None:
-        if own_config is not None:
+        if own_config is not None and _has_tokenizer(own_config):
             raise CheckpointError(f"{path}: carries its own tokenizer; drop --text-model")
-        chosen = _with_text_model(path, load_model_config(chosen) if isinstance(chosen, str) else chosen, text_model)
-    model = create_model(chosen if isinstance(chosen, str) else dict(chosen))  # type: ignore[arg-type]
+        chosen = _with_text_model(path, chosen, text_model)
+    model = create_model(chosen, source=path)
     notes = load_weights(model, state_dict, source=str(path))
-    return LoadedModel(model.eval(), model.config, create_tokenizer(model.config), contents, notes, str(path))
+    tokenizer = create_tokenizer(model.config, fetch=fetch, source=path)
+    return LoadedModel(model.eval(), model.config, tokenizer, contents, notes, str(path))
+
+
+_SPARE_NUMBERS = 10_000_000
+"""By how much a model may be larger than twice its file: position tables are resampled, constants are not stored."""
+
+
+def _has_tokenizer(config: Mapping[str, Any]) -> bool:
+    try:
+        create_tokenizer(config)
+    except MissingFileError:
+        return False
+    return True

@@ -7,15 +7,86 @@ Towers are open_clip's; parameter names are those of the released ViT-B-16-Itemi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
 from torch import Tensor, nn
 
+from itemizedclip.models.config import MAX_LAYERS, MAX_SIDE, MAX_WIDTH, block_numbers, head_numbers
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
+from itemizedclip.models.tokenizers import CLIP_VOCABULARY
 from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.fields import (
+    Rule,
+    check_fields,
+    either,
+    nothing,
+    number,
+    one_of,
+    several,
+    true_or_false,
+    whole,
+)
+
+_SIDE = either(whole(1, MAX_SIDE), several(whole(1, MAX_SIDE), 2))
+
+_BLOCK_RULES: dict[str, Rule] = {
+    "width": whole(1, MAX_WIDTH),
+    "layers": whole(1, MAX_LAYERS),
+    "mlp_ratio": number(0.01, 64),
+    "ls_init_value": either(nothing(), number(0, 100)),
+}
+
+
+def _only_defaults(of: type, rules: dict[str, Rule]) -> dict[str, Rule]:
+    """Rules that let open_clip's other fields hold their defaults only.
+
+    They choose towers that are none of this family; some name models that open_clip would fetch.
+    """
+    defaults = {f.name: one_of([f.default]) for f in fields(of) if f.default is not MISSING}
+    return defaults | rules
+
+
+_VISION_RULES = _only_defaults(
+    CLIPVisionCfg,
+    _BLOCK_RULES
+    | {
+        "tower": one_of(["vit"]),
+        "image_size": _SIDE,
+        "patch_size": _SIDE,
+        "head_width": whole(1, MAX_WIDTH),
+        "patch_dropout": number(0, 0.99),
+        "no_ln_pre": true_or_false(),
+        "pos_embed_type": one_of(["learnable", "sin_cos_2d"]),
+        "pool_type": one_of(["tok", "avg"]),
+        "final_ln_after_pool": true_or_false(),
+        "output_tokens": true_or_false(),
+    },
+)
+
+_TEXT_RULES = _only_defaults(
+    CLIPTextCfg,
+    _BLOCK_RULES
+    | {
+        "context_length": whole(2, 16_384),
+        "vocab_size": whole(CLIP_VOCABULARY, 10_000_000),
+        "heads": whole(1, 1024),
+    },
+)
+
+
+def _pair(side: Any) -> tuple[int, int]:
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
+
+
+def _tower_numbers(cfg: Any) -> int:
+    scales = 0 if cfg.ls_init_value is None else 2 * cfg.width
+    numbers: int = cfg.layers * (block_numbers(cfg.width, int(cfg.width * cfg.mlp_ratio)) + scales)
+    return numbers
 
 
 class SharedProjection(nn.Module):
@@ -35,10 +106,38 @@ class ItemizedCLIP2D(DualEncoder):
     Args:
         config: `embed_dim`, open_clip's `vision_cfg` (image_size, patch_size, width, layers, head_width) and `text_cfg`
             (context_length, vocab_size, width, heads, layers), optional `head_heads`, `init_logit_scale`,
-            `init_logit_bias`. Unknown keys raise TypeError.
+            `init_logit_bias`.
     """
 
     head_name = "visual_proj"
+
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any]) -> int:
+        """See `DualEncoder`."""
+        vision = check_fields(config["vision_cfg"], _VISION_RULES, place="vision_cfg", required=["image_size"])
+        text = check_fields(config["text_cfg"], _TEXT_RULES, place="text_cfg", required=["context_length"])
+        v = CLIPVisionCfg(**{key: value for key, value in vision.items() if key != "tower"})
+        t = CLIPTextCfg(**text)
+        (height, width), (patch_h, patch_w) = _pair(v.image_size), _pair(v.patch_size)
+        if patch_h > height or patch_w > width:
+            raise UserError(f"vision_cfg.patch_size {v.patch_size} is larger than image_size {v.image_size}")
+        heads = v.width // v.head_width
+        if heads == 0 or v.width % heads:
+            raise UserError(
+                f"vision_cfg.width {v.width} makes {heads} heads of head_width {v.head_width}, which do not divide it"
+            )
+        if t.width % t.heads:
+            raise UserError(f"text_cfg.width {t.width} is not divisible by text_cfg.heads {t.heads}")
+        grid = (height // patch_h, width // patch_w)
+        if v.pos_embed_type == "sin_cos_2d" and (grid[0] != grid[1] or v.width % 4):
+            raise UserError("vision_cfg.pos_embed_type sin_cos_2d needs a square grid and a width divisible by 4")
+        D = config["embed_dim"]
+        image = 3 * patch_h * patch_w * v.width + (grid[0] * grid[1] + 2) * v.width
+        image += (2 if v.no_ln_pre else 4) * v.width + _tower_numbers(v) + v.width * D
+        texts = (t.vocab_size + t.context_length + 2) * t.width + _tower_numbers(t) + t.width * D
+        mask = t.context_length**2
+        numbers: int = image + texts + mask + head_numbers(D)
+        return numbers
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)

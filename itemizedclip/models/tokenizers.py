@@ -13,6 +13,9 @@ from torch import Tensor
 
 from itemizedclip.runtime.registry import MissingExtraError
 
+CLIP_VOCABULARY = 49_408
+"""Entries of CLIP's vocabulary: ids that the text tower must embed."""
+
 
 @lru_cache(maxsize=1)
 def _clip_bpe() -> SimpleTokenizer:

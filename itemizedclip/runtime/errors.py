@@ -59,6 +59,17 @@ def _sentence_of(message: str, class_name: str) -> str:
 
 
 @contextmanager
+def about(source: object) -> Iterator[None]:
+    """Put the name of a file before the messages raised in the block that do not name it yet."""
+    try:
+        yield
+    except UserError as error:
+        if not str(source) or str(source) in str(error):
+            raise
+        raise type(error)(f"{source}: {error}") from error.__cause__
+
+
+@contextmanager
 def reported_errors(prog: str | None = None) -> Iterator[None]:
     """Turn errors a user can mend into one line on standard error and an exit status; others keep their trace.
 

@@ -246,6 +246,11 @@ def open_index(folder: str | Path, *, checkpoint: str | Path | None = None, devi
             f"{manifest.source.checkpoint_sha256[:12]}…); give that one by --checkpoint, or make the index anew"
         )
     loaded = load_photograph_model(path, manifest.source.model_config)
+    if loaded.config["embed_dim"] != manifest.source.model_config["embed_dim"]:
+        raise ImageIndexError(
+            f"{folder}: its features have width {manifest.source.model_config['embed_dim']}, the model in {path} has "
+            f"{loaded.config['embed_dim']}; make the index anew"
+        )
     loaded.model.to(place)
     return ImageIndex(FeatureStore(folder, manifest, place), loaded)
 

@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from itemizedclip.data.images import SUFFIXES
+from itemizedclip.data.items import is_text
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import PART_SUFFIX
@@ -99,8 +100,13 @@ def find_images(folder: Path, output: Path) -> tuple[list[FoundImage], int]:
             if path.suffix.lower() not in SUFFIXES:
                 others += 1
                 continue
+            relative = path.relative_to(folder).as_posix()
+            if not is_text(relative):
+                logger.warning("%s: its name is no UTF-8 text, and is passed over; rename it", path)
+                others += 1
+                continue
             status = path.stat()
-            found.append(FoundImage(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
+            found.append(FoundImage(relative, status.st_size, status.st_mtime_ns))
     if not found:
         what = f"only {others} other files, none" if others else "no file"
         raise ImageIndexError(f"{folder}: holds {what} that is an image by its name ({' '.join(SUFFIXES)})")

@@ -11,6 +11,7 @@ Axes: N images of the index, n images of a shard, B images of a batch, L image t
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,9 +23,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from itemizedclip.data.images import MAX_PIXELS
 from itemizedclip.models.dual_encoder import ImageFeatures
-from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.files import replacing
+from itemizedclip.models.factory import check_config
+from itemizedclip.runtime.errors import UserError, about
+from itemizedclip.runtime.fields import (
+    Rule,
+    check_fields,
+    either,
+    nothing,
+    one_of,
+    plain_object,
+    several,
+    text,
+    whole,
+)
+from itemizedclip.runtime.fields import number as fields_number
+from itemizedclip.runtime.files import parse_json, read_json, replacing
 from itemizedclip.search.recall import PrefilterRecall
 
 FORMAT = 1
@@ -39,6 +54,7 @@ IMAGES_PER_READ = 32
 """Images whose tokens are copied out of the maps at once (6 MB at ViT-B/16)."""
 
 _SHARD_NAME = re.compile(r"shard-(\d{6,})\.safetensors")
+_HEADER_KEYS = ("source", "images", "unreadable")
 _HEADER_KEY = "shard"  # one key only: safetensors writes several in no fixed order
 
 
@@ -186,27 +202,126 @@ def read_manifest(folder: Path) -> Manifest:
             )
         raise ImageIndexError(f"{folder}: no index here ({INDEX_FILE} is missing); make one with `itemizedclip index`")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] > FORMAT:
+        content = read_json(path, holding="an image index")
+        if isinstance(content, dict) and type(content.get("format")) is int and content["format"] > FORMAT:
             raise ImageIndexError(
                 f"{path}: written by a newer version (format {content['format']}, this one reads {FORMAT}); update"
             )
-        recall = content["recall"]
-        return Manifest(
-            **{
-                **content,
-                "source": FeatureSource(**content["source"]),
-                "grid": tuple(content["grid"]),
-                "images": [IndexedImage(**image) for image in content["images"]],
-                "unreadable": [UnreadableImage(**image) for image in content["unreadable"]],
-                "recall": None if recall is None else PrefilterRecall.from_plain(recall),
-            }
-        )
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        with about(path):
+            check_fields(content, _MANIFEST_RULES, required=_MANIFEST_RULES)
+            recall = content["recall"]
+            return Manifest(
+                **{
+                    **content,
+                    "source": _source_of(content["source"]),
+                    "grid": tuple(content["grid"]),
+                    "images": _images_of(content["images"]),
+                    "unreadable": _unreadable_of(content["unreadable"]),
+                    "recall": None if recall is None else _recall_of(recall),
+                }
+            )
+    except ImageIndexError:
+        raise
+    except UserError as error:
         raise ImageIndexError(
-            f"{path}: not the index.json of an image index ({type(error).__name__}: {error}); delete that file and run "
+            f"{error}. This is not the index.json of an image index, or damaged: delete that file and run "
             "`itemizedclip index` again, which keeps the encoded images"
         ) from error
+
+
+# Contents come from whoever made the index: each field is what it must be, and no path leads out of its folder.
+
+
+_LEADS_OUT = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|\0|^[A-Za-z]:[/\\]")
+"""An empty part, "." or ".." of a path, NUL, or a drive."""
+
+
+def _is_inside(path: Any) -> bool:
+    return type(path) is str and _LEADS_OUT.search(path) is None
+
+
+_WHOLE = whole(0, 2**62)
+_SHARE = fields_number(0, 1)
+_INSIDE = Rule("a path inside the image folder, parts joined by /", _is_inside)
+
+_MANIFEST_RULES: dict[str, Rule] = {
+    "folder": text(),
+    "checkpoint": text(),
+    "source": plain_object(),
+    "grid": several(whole(1, 4096), longest=4),
+    "images": Rule("a list of images", lambda value: type(value) is list),
+    "unreadable": Rule("a list of files", lambda value: type(value) is list),
+    "recall": either(plain_object(), nothing()),
+    "format": whole(1, FORMAT),
+}
+_SOURCE_RULES: dict[str, Rule] = {
+    "checkpoint_sha256": text(64),
+    "model_config": plain_object(),
+    "transform": plain_object(),
+    "storage": one_of(STORAGE_DTYPES),
+    "precision": text(100),
+}
+_IMAGE_RULES: dict[str, Rule] = {
+    "path": _INSIDE,
+    "size": _WHOLE,
+    "mtime_ns": whole(-(2**62), 2**62),
+    "height": whole(1, MAX_PIXELS),
+    "width": whole(1, MAX_PIXELS),
+    "shard": whole(0, 2**31 - 1),
+    "row": whole(0, 2**31 - 1),
+}
+_UNREADABLE_RULES: dict[str, Rule] = {
+    "path": _INSIDE,
+    "size": _WHOLE,
+    "mtime_ns": _IMAGE_RULES["mtime_ns"],
+    "reason": Rule("a text", lambda value: type(value) is str),
+}
+_RECALL_RULES: dict[str, Rule] = {
+    "k": whole(1, 2**31),
+    "num_images": _WHOLE,
+    "num_queries": _WHOLE,
+    "queries": text(),
+    "at": Rule(
+        "recall by number of candidates",
+        lambda value: (
+            type(value) is dict
+            and all(key.isascii() and key.isdecimal() and len(key) < 18 for key in value)
+            and all(_SHARE.holds(share) for share in value.values())
+        ),
+    ),
+}
+
+
+def _source_of(content: Any) -> FeatureSource:
+    source = FeatureSource(**check_fields(content, _SOURCE_RULES, place="source", required=_SOURCE_RULES))
+    check_config(source.model_config, source="source")
+    return source
+
+
+def _images_of(content: list[Any]) -> list[IndexedImage]:
+    fields = list(_IMAGE_RULES.items())
+    for row, image in enumerate(content):
+        # A million images: the long way, which finds words for it, only for one that is wrong.
+        if (
+            type(image) is not dict
+            or len(image) != len(fields)
+            or not all(key in image and rule.holds(image[key]) for key, rule in fields)
+        ):
+            check_fields(image, _IMAGE_RULES, place=f"images[{row}]", required=_IMAGE_RULES)
+    return [IndexedImage(**image) for image in content]
+
+
+def _unreadable_of(content: list[Any]) -> list[UnreadableImage]:
+    return [
+        UnreadableImage(
+            **check_fields(file, _UNREADABLE_RULES, place=f"unreadable[{number}]", required=_UNREADABLE_RULES)
+        )
+        for number, file in enumerate(content)
+    ]
+
+
+def _recall_of(content: Any) -> PrefilterRecall:
+    return PrefilterRecall.from_plain(check_fields(content, _RECALL_RULES, place="recall", required=_RECALL_RULES))
 
 
 def _plain(recall: PrefilterRecall | None) -> dict[str, Any] | None:
@@ -264,13 +379,13 @@ def read_shard_header(path: Path) -> ShardHeader:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[_HEADER_KEY])
+            header = (file.metadata() or {}).get(_HEADER_KEY, "")
+        content = parse_json(header, source=path, holding="the header of a part of an image index")
+        check_fields(content, {key: _MANIFEST_RULES[key] for key in _HEADER_KEYS}, required=_HEADER_KEYS)
         return ShardHeader(
-            FeatureSource(**content["source"]),
-            [IndexedImage(**image) for image in content["images"]],
-            [UnreadableImage(**image) for image in content["unreadable"]],
+            _source_of(content["source"]), _images_of(content["images"]), _unreadable_of(content["unreadable"])
         )
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, UserError) as error:
         raise _damaged(path, error) from error
 
 
@@ -283,7 +398,9 @@ def map_shard(path: Path) -> ImageFeatures:
     try:
         with safe_open(path, framework="pt") as file:
             global_nD, tokens_nLD = file.get_tensor("global"), file.get_tensor("tokens")
-    except (OSError, SafetensorError) as error:
+        if global_nD.dim() != 2 or tokens_nLD.dim() != 3 or len(global_nD) != len(tokens_nLD):
+            raise ValueError(f"global {tuple(global_nD.shape)} and tokens {tuple(tokens_nLD.shape)} are no features")
+    except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(path, error) from error
     return ImageFeatures(global_nD, tokens_nLD, (tokens_nLD.shape[1],))
 
@@ -373,5 +490,12 @@ class FeatureStore:
 
     def _map(self, number: int) -> ImageFeatures:
         if number not in self._maps:
-            self._maps[number] = map_shard(shard_path(self.folder, number))
+            features = map_shard(path := shard_path(self.folder, number))
+            rows = int(self._row_N[self._shard_N == number].max()) + 1
+            D, L = self.manifest.source.model_config["embed_dim"], math.prod(self.manifest.grid)
+            if len(features.global_BD) < rows or features.tokens_BLD.shape[1:] != (L, D):
+                shape = tuple(features.tokens_BLD.shape)
+                error = ValueError(f"tokens {shape}, index.json speaks of {rows} images of {L} × {D}")
+                raise _damaged(path, error)
+            self._maps[number] = features
         return self._maps[number]

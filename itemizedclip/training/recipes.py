@@ -24,7 +24,7 @@ from itemizedclip.data.batch import ItemCollator, Tokenizer
 from itemizedclip.evaluation.encoding import EncodingOptions, ItemDataset
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import create_tokenizer, create_transform
+from itemizedclip.models.factory import create_tokenizer, create_transform, is_shipped
 from itemizedclip.runtime.errors import EXIT_WRONG_FLAG, UserError, reported_errors
 from itemizedclip.runtime.flags import loader_processes, read_flags
 from itemizedclip.runtime.logs import shown
@@ -142,7 +142,7 @@ def open_data(options: RunOptions, model: DualEncoder, ranks: Ranks) -> tuple[Tr
     data: DataGroup | None = getattr(options, "data", None)
     if data is None:
         raise UserError(f"{type(options).__name__} has no group `data`; give it one whose open() returns TrainingData")
-    tokenizer = create_tokenizer(model.config)
+    tokenizer = create_tokenizer(model.config, fetch=is_shipped(options.model.model), source=options.model.model)
     collator = ItemCollator(tokenizer, options.loading.num_sampled_captions)
     return data.open(Opening(options, model, tokenizer, collator, ranks)), collator
 

@@ -15,6 +15,7 @@ Axes: K items, S series, D H W voxels or H W pixels of the files, after `masks` 
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +29,15 @@ from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.images import SUFFIXES, decode_mask
 from itemizedclip.data.items import check_id
 from itemizedclip.data.jsonl import read_own
+from itemizedclip.models.archive import unusable_tensor
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.files import read_json
 from itemizedclip.viewer.geometry import Geometry, mask_to_view
 from itemizedclip.viewer.inputs import InputView, ModelInput, open_input
+
+MAX_MASK_BYTES = 2**31
+"""Of all masks of one image or study together."""
 
 _SUFFIXES = (*SUFFIXES, ".pt", ".nii.gz", ".nii")
 
@@ -186,6 +191,8 @@ def read_item_file(path: Path) -> dict[str, list[SetItem]]:
     content = read_json(path, holding="items")
     if not isinstance(content, dict):
         raise UserError(f'{path}: expected an object {{"NAME": ["item", …]}}')
+    if not content:
+        raise UserError(f'{path}: expected an object {{"NAME": ["item", …]}}, found one without an entry')
     lists = {}
     for name, entries in content.items():
         if not isinstance(entries, list):
@@ -236,12 +243,16 @@ def read_masks(source: Path) -> Mapping[str, np.ndarray]:
         if source.is_dir():
             found = {path.stem: decode_mask(path, source=str(path)) for path in source.glob("*.png")}
         elif source.suffix == ".npz":
+            _check_unpacked(source, expected)
             with np.load(source, allow_pickle=False) as archive:
                 found = {key: archive[key] for key in archive.files}
             if list(found) == ["masks"]:
                 found = {str(number): mask for number, mask in enumerate(found["masks"], start=1)}
         else:
             tensors = torch.load(source, map_location="cpu", weights_only=True)
+            problem = unusable_tensor(tensors)
+            if problem:
+                raise BadSampleError(f"{source}: masks cannot be read, {problem}; {expected}")
             found = {str(key): tensor.numpy() for key, tensor in tensors.items()}
     except BadSampleError:
         raise
@@ -252,6 +263,17 @@ def read_masks(source: Path) -> Mapping[str, np.ndarray]:
         if mask.dtype.kind not in "bu" or not np.isin(np.unique(mask), (0, 1)).all():
             raise BadSampleError(f"{source}: mask {key!r} holds {mask.dtype} values; {expected}, 0 and 1")
     return {key: mask.astype(bool) for key, mask in found.items()}
+
+
+def _check_unpacked(source: Path, expected: str) -> None:
+    """Refuse an archive of masks that would unpack to more than memory should hold: zeros shrink a thousandfold."""
+    with zipfile.ZipFile(source) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > MAX_MASK_BYTES:
+        raise BadSampleError(
+            f"{source}: unpacks to {unpacked:,} bytes, more than the {MAX_MASK_BYTES:,} that are read; {expected}; "
+            "save the masks as bool or uint8, those of fewer items"
+        )
 
 
 def _view_mask(mask: np.ndarray | None, geometry: Geometry, source: Path, item: SetItem) -> Tensor:

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from itemizedclip.search import index as search_index
 from itemizedclip.search.index import open_index
 from itemizedclip.search.plan import FoundImage
 from itemizedclip.viewer.inputs import open_input
-from itemizedclip.viewer.sets import open_explain_set
+from itemizedclip.viewer.sets import open_explain_set, read_masks
 
 ROOT = Path(__file__).parents[2]
 CASES = photograph_cases()
@@ -387,3 +388,27 @@ def test_an_index_of_every_kind(tmp_path, checkpoint, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli(["index", str(folder), *flags])
     assert "this index was made with another transform" in capsys.readouterr().err
+
+
+# --- masks of strangers ----------------------------------------------------------------------------------------------
+
+
+def test_masks_that_unpack_to_gigabytes_are_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("1.npy", "w", force_zip64=True) as entry,
+    ):
+        np.lib.format.write_array_header_1_0(entry, {"descr": "|b1", "fortran_order": False, "shape": (33, 8192, 8192)})
+        for _ in range(33):
+            entry.write(bytes(2**26))
+    assert path.stat().st_size < 4_000_000
+    with pytest.raises(BadSampleError, match=r"a.npz: unpacks to 2,214,592,\d+ bytes, more than the 2,147,483,648"):
+        read_masks(path)
+    torch.save({"1": torch.zeros(1, dtype=torch.bool).expand(8192, 8192)}, tmp_path / "a.pt")
+    with pytest.raises(BadSampleError, match=r"a.pt: masks cannot be read, 1 is \(8192, 8192\), larger"):
+        read_masks(tmp_path / "a.pt")
+    for content in (b"", b"PK\x03\x04", b"x" * 100):
+        path.write_bytes(content)
+        with pytest.raises(BadSampleError, match="masks cannot be read"):
+            read_masks(path)

@@ -210,6 +210,40 @@ def test_names_with_nul_are_refused(tmp_path, read, content):
     assert "\0" not in shown(refused.value)
 
 
+READERS_OF_IDS = {
+    "item lists": (load_item_lists, '{"ID": ["x"], "b": ["x"]}', "{}"),
+    "items by number": (lambda path: load_item_lists(path, integer_keys=True), '{"ID": ["x"], "7": ["x"]}', "{}"),
+    "items of a set": (read_item_file, '{"ID": ["x"], "b": ["x"]}', "{}"),
+    "studies": (items_of_studies, '{"ID": {"report": ["x"]}, "b": {"report": ["x"]}}', "{}"),
+    "Flickr30k": (
+        captions_of_flickr, '[{"image": "ID", "caption": ["x"]}, {"image": "b", "caption": ["x"]}]', "[]",
+    ),
+    "COCO": (captions_of_coco, coco('"x"').replace("photo.jpg", "ID"), '{"images": [], "annotations": []}'),
+    "reports": (read_report_table, "ID,1. x\nb,1. x\n", "study,report\n"),
+    "labels": (
+        lambda path: read_label_csv(path, id_columns=["id"], class_columns={"c": "c"}), "id,c\nID,1\nb,0\n", "id,c\n",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS_OF_IDS)
+def test_blank_names_and_empty_tables_are_refused(tmp_path, name):
+    read, content, empty = READERS_OF_IDS[name]
+    for text in (content.replace("ID", ""), content.replace("ID", "  "), empty):
+        (tmp_path / "x").write_text(text)
+        with pytest.raises(UserError) as refused:
+            read(tmp_path / "x")
+        assert re.search(r"/(x|captions_val2017\.json|flickr30k_val\.json): ", str(refused.value)), text
+
+
+@pytest.mark.parametrize("name", [name for name in READERS_OF_IDS if name not in ("COCO", "Flickr30k")])
+def test_names_that_stand_twice_are_refused_with_their_place(tmp_path, name):
+    read, content, _ = READERS_OF_IDS[name]
+    (tmp_path / "x").write_text(content.replace("ID", "7" if "7" in content else "b"))
+    with pytest.raises(UserError, match=r"x: (line \d|.*'(b|7)').*twice"):
+        read(tmp_path / "x")
+
+
 def test_a_key_with_nul_is_refused(tmp_path):
     with pytest.raises(BadSampleError, match=r"field key .* holds NUL"):
         items_of_shard(tmp_path / "0.tar", b'{"key": "a\\u0000", "caption": ["a lake"]}')

@@ -10,6 +10,7 @@ import logging
 import pickle
 import re
 import tarfile
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -658,3 +659,87 @@ def test_bad_images_are_replaced_and_reported(tmp_path):
 def test_item_file_keys_are_indices(tmp_path):
     written = write_shards(tmp_path, num_shards=2, per_shard=2)
     assert sorted(load_item_lists(written.items_path, integer_keys=True)) == [0, 1, 5000, 5001]
+
+
+# --- archives of strangers -------------------------------------------------------------------------------------------
+
+
+def header(name: str, *, size: int = 0, kind: bytes = b"0", size_field: bytes | None = None) -> bytes:
+    """A tar header with any size field."""
+    block = bytearray(512)
+    block[0 : len(name)] = name.encode()
+    block[100:108] = b"0000644\0"
+    block[124:136] = size_field or b"%011o\0" % size
+    block[136:148] = b"%011o\0" % 0
+    block[148:156] = b" " * 8
+    block[156:157] = kind
+    block[257:265] = b"ustar\x0000"
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def padded(content: bytes) -> bytes:
+    return content + bytes(-len(content) % 512)
+
+
+def pax(**records: str) -> bytes:
+    lines = b""
+    for key, value in records.items():
+        rest = f" {key.replace('_', '.')}={value}\n".encode()
+        length = next(n for n in range(len(rest), len(rest) + 9) if n == len(rest) + len(str(n)))
+        lines += str(length).encode() + rest
+    return header("pax", size=len(lines), kind=b"x") + padded(lines)
+
+
+TWO_GB = 2 * 2**30
+END = bytes(1024)
+SAMPLE = header("000000000.json", size=2) + padded(b"{}")
+
+ARCHIVES = {
+    "a sparse image of 2 GB in kilobytes, by pax": (
+        pax(GNU_sparse_major="1", GNU_sparse_minor="0", GNU_sparse_name="000000000.png",
+            GNU_sparse_realsize=str(TWO_GB))
+        + header("GNUSparseFile.0/000000000.png", size=512) + padded(b"1\n0\n0\n") + END
+    ),
+    "a sparse image, its map in the header": (
+        pax(GNU_sparse_size=str(TWO_GB), GNU_sparse_map="0,1") + header("000000000.png", size=512) + padded(b"x") + END
+    ),
+    "a size of 2**62": pax(size=str(2**62)) + header("000000000.png") + END,
+    "a size beyond 64 bits": pax(size=str(10**30)) + header("000000000.png") + END,
+    "a negative size": pax(size="-1536") + header("000000000.png") + END,
+    "a size of 8 GB in octal": header("000000000.png", size_field=b"77777777777\0") + b"PNG" + END,
+    "a size of 2**62 in base 256": header("000000000.png", size_field=b"\x80" + (2**62).to_bytes(11, "big")) + END,
+    "a long name of 8 GB": header("name", size_field=b"77777777777\0", kind=b"L") + b"a" * 512 + END,
+    "a pax header of 8 GB": header("name", size_field=b"77777777777\0", kind=b"x") + b"a" * 512 + END,
+    "headers of headers": (header("name", size=1, kind=b"L") + padded(b"a")) * 3000 + END,
+    "a sparse map without end": (
+        pax(GNU_sparse_major="1", GNU_sparse_minor="0", GNU_sparse_realsize="5")
+        + header("000000000.png", size=512) + padded(b"9999999999\n" + b"1\n" * 200)
+    ),
+    "no archive": b"\0\xff" * 1000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_sizes_in_an_archive_are_not_believed(name, tmp_path):
+    path = tmp_path / "00000.tar"
+    path.write_bytes(SAMPLE + ARCHIVES[name])
+    tracemalloc.start()
+    try:
+        found = read_shard(path, caption_field=FIELD, decode_images=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 30_000_000
+    assert len(found) == 0
+    assert found.damage or found.bad
+    with pytest.raises(PreflightError, match=re.escape(str(path))):
+        open_dataset(ShardFolder(tmp_path, [path], tmp_path / "items.json"))
+
+
+def test_a_sparse_image_is_a_bad_sample(tmp_path):
+    path = tmp_path / "00000.tar"
+    path.write_bytes(SAMPLE + ARCHIVES["a sparse image of 2 GB in kilobytes, by pax"])
+    ((name, reason),) = read_shard(path, caption_field=FIELD, decode_images=False).bad
+    assert name == "000000000"
+    assert "000000000.png: is sparse; expected a plain member" in reason

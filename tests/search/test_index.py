@@ -19,7 +19,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from itemizedclip.commands.cli import main as cli
 from itemizedclip.data.images import decode_photograph
@@ -366,6 +367,81 @@ def test_a_damaged_index_json(copy, read, capfd):
     assert read == []
     (copy.index / "index.json").write_text(json.dumps({"format": 99}))
     assert "written by a newer version" in refused(capfd, "search", "a lake", "--index", copy.index)
+
+
+def changed(content: dict, field: str, value: object) -> dict:
+    *above, last = field.split(".")
+    place = content
+    for key in above:
+        place = place[int(key)] if isinstance(place, list) else place[key]
+    place[int(last) if isinstance(place, list) else last] = value
+    return content
+
+
+HOSTILE = {
+    "images.3.path": ["../../etc/passwd", "/etc/passwd", "a/../../b.png", "", 5, None, "a\0.png", "C:/a.png"],
+    "images.2.shard": [-1, True, "0", 2**40],
+    "images.2.row": [-1, 1.0, 10**400],
+    "images.1.height": [0, "40", 10**10],
+    "images.0": [[], "x", {}],
+    "images": [{}, None, "x"],
+    "unreadable": [{"path": "x"}, [3]],
+    "grid": [[], [0, 4], 4, [4, 4, 4, 4, 4]],
+    "recall": [[], {"k": 1}],
+    "source": [[], "x"],
+    "source.storage": ["float64", {}],
+    "source.model_config": ["ViT-B-16-ItemizedCLIP", {}],
+    "source.model_config.embed_dim": [10**9],
+    "checkpoint": [5, ""],
+    "format": ["x", None, 0, True],
+    "more": [1],
+}
+
+
+@pytest.mark.parametrize("field", HOSTILE)
+def test_an_index_json_of_a_stranger_is_refused_with_its_name(copy, capfd, field):
+    path = copy.index / "index.json"
+    before = path.read_text()
+    for value in HOSTILE[field]:
+        path.write_text(json.dumps(changed(json.loads(before), field, value)))
+        message = refused(capfd, "search", "a lake", "--index", copy.index, "--device", "cpu")
+        assert f"error: {path}: " in message, value
+        assert "delete that file and run" in message
+        assert len(message) < 1200
+
+
+@pytest.mark.parametrize("text", ["[" * 10**6, '{"format": 1, "format": 1}', '{"format": NaN}', "\ud800"])
+def test_an_index_json_that_is_no_json(copy, capfd, text):
+    (copy.index / "index.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert "delete that file" in refused(capfd, "search", "a lake", "--index", copy.index, "--device", "cpu")
+
+
+@pytest.mark.parametrize(("field", "value"), [("images.0.row", 7_000_000), ("grid", [2, 4]), ("images.0.shard", 999)])
+def test_an_index_json_that_does_not_fit_its_shards(copy, capfd, field, value):
+    path = copy.index / "index.json"
+    path.write_text(json.dumps(changed(json.loads(path.read_text()), field, value)))
+    message = refused(capfd, "search", "a lake", "--index", copy.index, "--exact", "--device", "cpu")
+    assert "this part of the index is" in message
+    assert "run the same `itemizedclip index` command again" in message
+
+
+def test_a_shard_header_of_a_stranger_costs_its_images_anew(copy, read, tmp_path):
+    path = store.shard_path(copy.index, 0)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("global", "tokens")}
+        header = json.loads(file.metadata()["shard"])
+    save_file(tensors, path, metadata={"shard": json.dumps(changed(header, "images.0.path", "../../etc/passwd"))})
+    index(copy.images, "--checkpoint", copy.checkpoint)
+    assert len(read) == 8
+    assert_equals_fresh_index(copy, tmp_path)
+
+
+def test_a_file_whose_name_is_no_text_is_passed_over(copy, capfd):
+    name = os.fsdecode(b"caf\xe9.png")
+    write_picture(copy.images / name, 5)
+    index(copy.images, "--checkpoint", copy.checkpoint)
+    assert "its name is no UTF-8 text" in capfd.readouterr().err
+    assert len(read_manifest(copy.index).images) == NUM_IMAGES
 
 
 # --- refusing --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -415,7 +416,11 @@ def test_the_server_refuses_strangers():
             "the question elsewhere": (404, send(server, "POST", "/ask", question)),
             "another method": (501, send(server, "PUT", path, question)),
             "too much": (413, send(server, "POST", path, question, Content_Length=str(10**9))),
-            "no length": (413, send(server, "POST", path, question, Content_Length="-1")),
+            "a length of 5,000 digits": (413, send(server, "POST", path, question, Content_Length="9" * 5000)),
+            "no length": (411, send(server, "POST", path, question, Content_Length=None)),
+            "a negative length": (400, send(server, "POST", path, question, Content_Length="-1")),
+            "a length in other digits": (400, send(server, "POST", path, question, Content_Length="٣".encode())),
+            "pieces": (411, send(server, "POST", path, question, Transfer_Encoding="chunked")),
         }
         for what, (expected, (status, contents, _)) in refusals.items():
             assert status == expected, what
@@ -428,8 +433,42 @@ def test_an_address_may_hold_any_bytes():
         assert connection.recv(100).startswith(b"HTTP/1.1 404")
 
 
+def test_clients_that_hang_up_or_wait_are_no_errors(capfd, caplog, monkeypatch):
+    monkeypatch.setattr("itemizedclip.viewer.page.serve._Handler.timeout", 0.2)
+    with serving(lambda items: {"filler": "x" * 10_000_000}) as server:
+        host = f"Host: 127.0.0.1:{server.server_port}\r\n"
+        ask = f"POST /{server.token}/{ASK_PATH} HTTP/1.1\r\n{host}Content-Type: application/json\r\n"
+        beginnings = [
+            "GET /",
+            f"GET /{server.token}/ HTTP/1.1\r\n{host}",
+            f"{ask}Content-Length: 500\r\n\r\n",
+            f'{ask}Content-Length: 500\r\n\r\n{{"items"',
+            f'{ask}Content-Length: 16\r\n\r\n{{"items": ["a"]}}',  # the answer finds nobody
+            "\x16\x03\x01\x02\x00\x01\x00\x01\xfc",  # a browser that tries TLS
+        ]
+        waiting = []
+        for begin in beginnings * 2:
+            connection = socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
+            connection.sendall(begin.encode("latin-1"))
+            if len(waiting) < len(beginnings):
+                waiting.append(connection)
+                continue
+            # Closed with a reset, as a browser that is killed does.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+        assert send(server)[0] == 200
+        for connection in waiting:
+            while connection.recv(2**20):
+                pass
+            connection.close()
+    assert "Traceback" not in capfd.readouterr().err
+    assert not caplog.records
+
+
 def test_questions_are_checked():
     wrong = {
+        b"[" * 100_000: "nested too deeply",
+        b'{"items": ' + b"[" * 100_000: "nested too deeply",
         b"not json": "not valid JSON",
         b"\xff\xfe": "no UTF-8 text",
         b"[1]": "no list of texts",

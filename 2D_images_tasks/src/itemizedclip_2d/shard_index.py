@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 from braceexpand import braceexpand
@@ -53,6 +53,9 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 MAX_SHARDS = 100_000
 """Shards of one argument: a range with a digit too many would take minutes and all memory."""
+
+MAX_MEMBER_BYTES = 2**28
+"""Of an image or JSON in a shard; photographs have a thousandth of it."""
 
 SHARD_REMEDY = "Download the shard again."
 
@@ -262,7 +265,7 @@ class _Members:
     image_start: int = 0
     image_size: int = 0
     image_crc: int = 0
-    image_problem: str = ""
+    problem: str = ""
     json_text: bytes | None = None
     extensions: list[str] = field(default_factory=list)
 
@@ -320,19 +323,43 @@ def _read_members(path: Path, groups: dict[str, _Members], endings: Counter[str]
                 "unpack it to a plain .tar (images hardly shrink)"
             )
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            bounded = _Bounded(file)
+            with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r:") as tar:
+                place = -1
                 for member in tar:
+                    if tar.offset <= place:
+                        raise tarfile.ReadError("a member's size leads backwards")
+                    place = tar.offset
                     if member.isreg():
                         endings[os.path.basename(member.name).partition(".")[2].lower()] += 1
                         _take_member(tar, member, groups, decode_images=decode_images)
-                file.seek(tar.offset)
+                bounded.seek(tar.offset)
                 # tarfile stops without a word at a damaged header and at a file that ends between two members; a
                 # complete archive ends in a block of zeros.
                 if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
                     return ""
                 return f"no member and no end of archive at byte {tar.offset}"
-        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-            return str(error)
+        except RecursionError:
+            return "headers that describe headers without end"
+        except (tarfile.TarError, EOFError, ValueError, LookupError, OverflowError) as error:
+            return str(error) or type(error).__name__
+
+
+class _Bounded:
+    """A file that is read no further than it goes: headers may name any size, which Python would allocate."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(max(0, min(size, self._size - self._file.tell())))
+
+    def seek(self, offset: int) -> int:
+        return self._file.seek(min(offset, self._size))
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _take_member(
@@ -343,13 +370,18 @@ def _take_member(
     extension = extension.lower()
     if not stem or not (extension == "json" or extension in IMAGE_EXTENSIONS):
         return
+    members = groups.setdefault(str(PurePosixPath(folder) / stem), _Members())
+    members.extensions.append(extension)
+    if member.issparse() or member.size > MAX_MEMBER_BYTES:
+        # Kilobytes of a sparse file unpack to gigabytes of zeros.
+        what = "sparse" if member.issparse() else f"{member.size:,} bytes"
+        members.problem = f"{member.name}: is {what}; expected a plain member of at most {MAX_MEMBER_BYTES:,} bytes"
+        return
     content = tar.extractfile(member)
     assert content is not None  # a regular file
     encoded = content.read()
     if len(encoded) < member.size:
         raise tarfile.ReadError("unexpected end of data")
-    members = groups.setdefault(str(PurePosixPath(folder) / stem), _Members())
-    members.extensions.append(extension)
     if extension == "json":
         members.json_text = encoded
         return
@@ -359,7 +391,7 @@ def _take_member(
         try:
             decode_photograph(encoded, source=member.name)
         except BadSampleError as error:
-            members.image_problem = str(error)
+            members.problem = str(error)
 
 
 def _read_sample(name: str, members: _Members, caption_field: str) -> tuple[str, int, list[str]]:
@@ -370,10 +402,10 @@ def _read_sample(name: str, members: _Members, caption_field: str) -> tuple[str,
     """
     if len(set(members.extensions)) < len(members.extensions):
         raise BadSampleError(f"members {', '.join(members.extensions)}; expected each once")
+    if members.problem:
+        raise BadSampleError(members.problem)
     if not members.image_name:
         raise BadSampleError(f"no image; expected a member {name}.{'|'.join(IMAGE_EXTENSIONS)}")
-    if members.image_problem:
-        raise BadSampleError(members.image_problem)
     if members.json_text is None:
         raise BadSampleError(f"no member {name}.json; expected one with the sample's key")
     try:

@@ -13,6 +13,7 @@ import json
 import logging
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
@@ -113,6 +114,13 @@ class ReportServer(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RD)
         super().server_close()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that hang up or go silent are no errors of ours."""
+        if isinstance(sys.exc_info()[1], OSError):
+            logger.debug("a client went away", exc_info=True)
+        else:
+            logger.exception("a request could not be answered")
+
     @property
     def url(self) -> str:
         """Address of the page, token included."""
@@ -140,12 +148,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         if not self._is_allowed(ASK_PATH) or not self._is_from_the_page():
             return
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MAX_REQUEST_BYTES:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"expected at most {MAX_REQUEST_BYTES} bytes")
+        length = self._length()
+        if length is None:
             return
+        body = self.rfile.read(length)
+        if len(body) < length:
+            return  # hung up in the middle: nobody reads an answer
         try:
-            items = read_question(self.rfile.read(int(length)))
+            items = read_question(body)
             contents, status = self.server.answer(items), HTTPStatus.OK
         except ValueError as error:
             contents, status = {"error": str(error)}, HTTPStatus.BAD_REQUEST
@@ -154,6 +164,20 @@ class _Handler(BaseHTTPRequestHandler):
             contents = {"error": "the model could not answer this; the terminal says why"}
             status = HTTPStatus.INTERNAL_SERVER_ERROR
         self._send(status, "application/json", json.dumps(contents).encode("utf-8"))
+
+    def _length(self) -> int | None:
+        """Bytes of the question, said beforehand; answers requests that do not say, or say too much."""
+        said = self.headers.get("Content-Length")
+        if said is None or "Transfer-Encoding" in self.headers:
+            self._refuse(HTTPStatus.LENGTH_REQUIRED, "a question says its length, and comes in one piece")
+        elif not (said.isascii() and said.isdecimal()):
+            self._refuse(HTTPStatus.BAD_REQUEST, "Content-Length is no number of bytes")
+        # Python reads no numbers of thousands of digits.
+        elif len(said) > len(str(MAX_REQUEST_BYTES)) or int(said) > MAX_REQUEST_BYTES:
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"expected at most {MAX_REQUEST_BYTES} bytes")
+        else:
+            return int(said)
+        return None
 
     def _is_allowed(self, path: str) -> bool:
         """Whether a request names this machine and the right address; answers it otherwise."""

@@ -83,6 +83,8 @@ def read_report_table(path: str | Path) -> dict[str, list[str]]:
                 reports[row[0]] = report_items(row[1])
             except ValueError as error:
                 raise UserError(f"{where}: study {row[0]!r}: {error}") from None
+    if not reports:
+        raise UserError(f"{path}: holds no row; expected study and numbered report text")
     return reports
 
 

@@ -27,6 +27,7 @@ to 0.40 s for 10 MRI series on one core) and 0.73 of it forward and backward (0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -38,10 +39,30 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from itemizedclip.runtime.errors import UserError
+from itemizedclip.models.config import MAX_LAYERS, MAX_SIDE, MAX_WIDTH, block_numbers
+from itemizedclip.runtime.errors import UserError, about
+from itemizedclip.runtime.fields import Rule, check_fields, number, one_of, several, true_or_false, whole
 from itemizedclip_radiology.models.series_names import NAME_LENGTH, SeriesNameEncoder
 
 SCOPES = ("slice", "series", "study")
+
+MAX_VOXELS = 2**28
+"""Of one series, 1 GB in float32."""
+
+_VOXELS = several(whole(1, MAX_SIDE), 3)
+
+VISION_RULES: dict[str, Rule] = {
+    "tower": one_of(["hlip"]),
+    "volume_size": _VOXELS,
+    "patch_size": _VOXELS,
+    "block_scopes": several(one_of(SCOPES), longest=MAX_LAYERS),
+    "width": whole(6, MAX_WIDTH),
+    "num_heads": whole(1, 1024),
+    "mlp_ratio": number(0.01, 64),
+    "drop_path_rate": number(0, 0.99),
+    "series_names": true_or_false(),
+}
+"""What the fields of a model configuration's `vision_cfg` may be."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +117,24 @@ class HLIPConfig:
         if unknown:
             raise UserError(f"vision_cfg has unknown keys {unknown}; HLIP knows {sorted(known)}")
         return cls(**options)
+
+    @classmethod
+    def checked(cls, vision_cfg: Mapping[str, Any]) -> HLIPConfig:
+        """From a `vision_cfg` that may hold anything; raises UserError that names the field."""
+        required = ("volume_size", "patch_size", "block_scopes")
+        check_fields(vision_cfg, VISION_RULES, place="vision_cfg", required=required)
+        with about("vision_cfg"):
+            config = cls.from_dict({key: value for key, value in vision_cfg.items() if key != "tower"})
+        if math.prod(config.volume_size) > MAX_VOXELS:
+            raise UserError(f"vision_cfg.volume_size is {config.volume_size}; expected at most {MAX_VOXELS:,} voxels")
+        return config
+
+    @property
+    def num_numbers(self) -> int:
+        """Parameters of a trunk of this size, without its series-name encoder."""
+        blocks = len(self.block_scopes) * block_numbers(self.width, int(self.width * self.mlp_ratio))
+        tables = math.prod(self.patch_size) + math.prod(self.grid_size)
+        return blocks + tables * self.width + 4 * self.width
 
     @property
     def grid_size(self) -> tuple[int, int, int]:

@@ -82,7 +82,7 @@ def build_model(options: RadiologyRun, volume_size: Size | None) -> RadiologyIte
 
     # The main rank first: one download, one message about what is missing.
     on_main(fetch)
-    model = create_model(model_config(settings, initial, volume_size))
+    model = create_model(model_config(settings, initial, volume_size), source=settings.model)
     assert isinstance(model, RadiologyItemizedCLIP)
     if settings.pretrained is None:
         load_initial_weights(

@@ -17,15 +17,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from itemizedclip.models.config import head_numbers
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
 from itemizedclip.runtime.errors import UserError
 from itemizedclip_radiology.models.hlip import HLIP, HLIPConfig, StudyTokens, resample_position_table
 from itemizedclip_radiology.models.mae_init import load_mae_weights
-from itemizedclip_radiology.models.series_names import load_series_name_weights
+from itemizedclip_radiology.models.series_names import SeriesNameEncoder, load_series_name_weights
 from itemizedclip_radiology.models.text_tower import (
     BertTextTokenizer,
     BertTextTower,
+    check_text_cfg,
     create_bert_tokenizer,
     load_bert_weights,
     with_text_model,
@@ -33,6 +35,9 @@ from itemizedclip_radiology.models.text_tower import (
 from itemizedclip_radiology.models.weight_files import LoadReport
 
 logger = logging.getLogger(__name__)
+
+_SERIES_NAME_NUMBERS = 1_500_000
+"""Parameters and constants of the series-name encoder, rounded up."""
 
 _POSITION_TABLE = "visual.trunk.spatial_posemb"
 
@@ -66,21 +71,26 @@ class RadiologyItemizedCLIP(DualEncoder):
     head_name = "visual_attn"
     config_folder = Path(__file__).parent / "configs"
 
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any]) -> int:
+        """See `DualEncoder`."""
+        trunk = HLIPConfig.checked(config["vision_cfg"])
+        D = config["embed_dim"]
+        names = _SERIES_NAME_NUMBERS + (SeriesNameEncoder.width + 1) * trunk.width if trunk.series_names else 0
+        return trunk.num_numbers + names + trunk.width * D + check_text_cfg(config["text_cfg"], D) + head_numbers(D)
+
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
         embed_dim = config["embed_dim"]
-        tower = config["text_cfg"].get("tower", "bert")
-        if tower != "bert":
-            raise UserError(f"text_cfg.tower is {tower!r}; the radiology model has a 'bert' text tower")
         self.visual = VisualTower(config["vision_cfg"], embed_dim)
         self.text = BertTextTower(config["text_cfg"], embed_dim)
         self.visual_attn = ItemAttention(embed_dim, config.get("head_heads", 8))
         self.init_logit_parameters()
 
     @staticmethod
-    def create_tokenizer(config: Mapping[str, Any]) -> BertTextTokenizer:
-        """The WordPiece tokenizer of a configuration: texts → int64 (N, C)."""
-        return create_bert_tokenizer(config["text_cfg"])
+    def create_tokenizer(config: Mapping[str, Any], *, fetch: bool = False) -> BertTextTokenizer:
+        """The WordPiece tokenizer of a configuration: texts → int64 (N, C); see `create_bert_tokenizer`."""
+        return create_bert_tokenizer(config["text_cfg"], fetch=fetch)
 
     @staticmethod
     def with_text_model(config: Mapping[str, Any], source: str | Path) -> dict[str, Any]:

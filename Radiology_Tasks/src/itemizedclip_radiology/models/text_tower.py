@@ -19,8 +19,20 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from itemizedclip.models.config import MAX_LAYERS, MAX_WIDTH, block_numbers
 from itemizedclip.models.dual_encoder import unfreeze_layer_norms
 from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.fields import (
+    Rule,
+    check_fields,
+    either,
+    nothing,
+    number,
+    one_of,
+    plain_object,
+    text,
+    whole,
+)
 from itemizedclip.runtime.files import read_json
 from itemizedclip_radiology.models.weight_files import (
     LoadReport,
@@ -47,7 +59,6 @@ HF_CONFIG_KEYS = (
 )
 """What of a `config.json` shapes a BERT encoder; everything else in the file is left alone."""
 
-TEXT_CFG_KEYS = ("tower", "hf_config", "context_length", "text_model", "tokenizer", "tokenizer_json")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
 HUB_FILES = ("config.json", *WEIGHT_FILES, *TOKENIZER_FILES)
@@ -102,10 +113,11 @@ class BertTextTokenizer:
         return self._backend.to_str()
 
 
-def load_bert_tokenizer(source: str | Path, context_length: int) -> BertTextTokenizer:
+def load_bert_tokenizer(source: str | Path, context_length: int, *, fetch: bool = True) -> BertTextTokenizer:
     """Tokenizer from a folder, a `vocab.txt` or `tokenizer.json`, a hub name, or "builtin" (no download).
 
-    `vocab.txt` is preferred; a `tokenizer_config.json` beside it may say `do_lower_case` (default true).
+    `vocab.txt` is preferred; a `tokenizer_config.json` beside it may say `do_lower_case` (default true). Without
+    `fetch` a hub name is only looked up among what was fetched before.
 
     Raises:
         FileNotFoundError: no such folder or file, or a hub that cannot be reached.
@@ -116,7 +128,7 @@ def load_bert_tokenizer(source: str | Path, context_length: int) -> BertTextToke
     elif Path(source).expanduser().is_file():
         path = Path(source).expanduser()
     else:
-        folder = local_folder(source, TOKENIZER_FILES, flag=_FLAG)
+        folder = local_folder(source, TOKENIZER_FILES, flag=_FLAG, fetch=fetch)
         found = [folder / name for name in TOKENIZER_FILES[:2] if (folder / name).is_file()]
         if not found:
             raise MissingFileError(f"{folder}: holds neither vocab.txt nor tokenizer.json: bring one of them there")
@@ -136,18 +148,29 @@ def load_bert_tokenizer(source: str | Path, context_length: int) -> BertTextToke
         raise UserError(f"{path}: not a BERT tokenizer file ({error})") from error
 
 
-def create_bert_tokenizer(text_cfg: Mapping[str, Any]) -> BertTextTokenizer:
-    """The tokenizer of a configuration: its `tokenizer_json`, else its `tokenizer`, else that of its `text_model`."""
+def create_bert_tokenizer(text_cfg: Mapping[str, Any], *, fetch: bool = False) -> BertTextTokenizer:
+    """The tokenizer of a configuration: its `tokenizer_json`, else its `tokenizer`, else that of its `text_model`.
+
+    Args:
+        text_cfg: of a model configuration.
+        fetch: whether what it names on the hub may be fetched.
+
+    Raises:
+        UserError: a tokenizer that is not there, is none, or has more tokens than the tower embeds.
+    """
     context_length = text_cfg["context_length"]
     source = text_cfg.get("tokenizer", text_cfg.get("text_model"))
     if "tokenizer_json" in text_cfg:
-        tokenizer = BertTextTokenizer(Tokenizer.from_str(text_cfg["tokenizer_json"]), context_length)
+        try:
+            backend = Tokenizer.from_str(text_cfg["tokenizer_json"])
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise UserError(f"text_cfg.tokenizer_json is no tokenizer ({error})") from error
+        tokenizer = BertTextTokenizer(backend, context_length)
     elif source is not None:
-        tokenizer = load_bert_tokenizer(source, context_length)
+        tokenizer = load_bert_tokenizer(source, context_length, fetch=fetch)
     else:
         raise UserError("text_cfg names no tokenizer: set tokenizer, text_model or tokenizer_json")
-    shape = text_cfg["hf_config"]
-    rows = shape["vocab_size"] if isinstance(shape, Mapping) else bert_config_of(shape)["vocab_size"]
+    rows = bert_shape(text_cfg["hf_config"])["vocab_size"]
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the text tower embeds {rows}: "
@@ -168,15 +191,82 @@ def _read_json(path: Path, *, missing: dict | None = None) -> dict[str, Any]:
     return content
 
 
-def bert_config_of(source: str | Path) -> dict[str, Any]:
+def bert_config_of(source: str | Path, *, fetch: bool = True) -> dict[str, Any]:
     """The shape of the BERT in a folder (its `config.json`), of a `config.json`, or of a hub name."""
     path = Path(source).expanduser()
     if not path.is_file():
-        path = local_folder(source, HUB_FILES, flag=_FLAG) / "config.json"
+        path = local_folder(source, HUB_FILES, flag=_FLAG, fetch=fetch) / "config.json"
     content = _read_json(path)
     if "hidden_size" not in content or "vocab_size" not in content:
         raise UserError(f"{path}: not the config.json of a BERT (no hidden_size or vocab_size)")
     return {key: content[key] for key in HF_CONFIG_KEYS if key in content}
+
+
+def bert_shape(hf_config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The shape that a `text_cfg.hf_config` holds or names; nothing is fetched."""
+    return hf_config if isinstance(hf_config, Mapping) else bert_config_of(hf_config, fetch=False)
+
+
+_RATE = number(0, 0.99)
+
+_SHAPE_RULES: dict[str, Rule] = {
+    "vocab_size": whole(4, 10_000_000),
+    "hidden_size": whole(1, MAX_WIDTH),
+    "num_hidden_layers": whole(1, MAX_LAYERS),
+    "num_attention_heads": whole(1, 1024),
+    "intermediate_size": whole(1, 64 * MAX_WIDTH),
+    "hidden_act": one_of(["gelu", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh"]),
+    "hidden_dropout_prob": _RATE,
+    "attention_probs_dropout_prob": _RATE,
+    "max_position_embeddings": whole(2, 1_000_000),
+    "type_vocab_size": whole(1, 1024),
+    "initializer_range": number(0, 10),
+    "layer_norm_eps": number(1e-30, 1),
+    "pad_token_id": whole(0, 0),
+}
+
+_TEXT_RULES: dict[str, Rule] = {
+    "tower": one_of(["bert"]),
+    "hf_config": either(text(), plain_object()),
+    "context_length": whole(2, 1_000_000),
+    "text_model": either(text(), nothing()),
+    "tokenizer": either(text(), nothing()),
+    "tokenizer_json": text(longest=100_000_000),
+}
+
+
+def check_text_cfg(text_cfg: Mapping[str, Any], embed_dim: int) -> int:
+    """Refuse a `text_cfg` that no tower can be built from; how many parameters and constants it would have.
+
+    Raises:
+        UserError: names the field, what it holds and what was expected.
+    """
+    check_fields(text_cfg, _TEXT_RULES, place="text_cfg", required=("hf_config", "context_length"))
+    shape = bert_shape(text_cfg["hf_config"])
+    place = "text_cfg.hf_config"
+    check_fields(shape, _SHAPE_RULES, place=place, required=("vocab_size", "hidden_size"))
+    bert = _BERT_DEFAULTS | shape
+    width, heads = bert["hidden_size"], bert["num_attention_heads"]
+    if width % heads:
+        raise UserError(f"{place}.hidden_size {width} is not divisible by num_attention_heads {heads}")
+    length, positions = text_cfg["context_length"], bert["max_position_embeddings"]
+    if length > positions:
+        raise UserError(
+            f"text_cfg.context_length is {length}, this BERT has positions for {positions} tokens: lower it"
+        )
+    tables = (bert["vocab_size"] + positions + bert["type_vocab_size"] + 2) * width
+    blocks: int = bert["num_hidden_layers"] * block_numbers(width, bert["intermediate_size"])
+    return tables + blocks + width * embed_dim
+
+
+_BERT_DEFAULTS: dict[str, Any] = {
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+}
+"""What transformers takes for the shape of a BERT that does not say."""
 
 
 def with_text_model(config: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
@@ -209,22 +299,9 @@ class BertTextTower(nn.Module):
 
     def __init__(self, text_cfg: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
-        unknown = sorted(set(text_cfg) - set(TEXT_CFG_KEYS))
-        if unknown:
-            raise UserError(f"text_cfg has unknown keys {unknown}; the BERT tower knows {sorted(TEXT_CFG_KEYS)}")
-        shape = text_cfg["hf_config"]
-        if isinstance(shape, (str, Path)):
-            shape = bert_config_of(shape)
-        unknown = sorted(set(shape) - set(HF_CONFIG_KEYS))
-        if unknown:
-            raise UserError(f"text_cfg.hf_config has unknown keys {unknown}; known: {sorted(HF_CONFIG_KEYS)}")
-        hf_config = BertConfig(**shape, use_cache=False)
+        check_text_cfg(text_cfg, embed_dim)
+        hf_config = BertConfig(**bert_shape(text_cfg["hf_config"]), use_cache=False)
         self.context_length: int = text_cfg["context_length"]
-        if self.context_length > hf_config.max_position_embeddings:
-            raise UserError(
-                f"text_cfg.context_length is {self.context_length}, this BERT has positions for "
-                f"{hf_config.max_position_embeddings} tokens: lower it"
-            )
         self.transformer = BertModel(hf_config, add_pooling_layer=False)
         self.proj = nn.Linear(hf_config.hidden_size, embed_dim, bias=False)
         nn.init.normal_(self.proj.weight, std=hf_config.hidden_size**-0.5)

@@ -83,13 +83,14 @@ def assign_parameters(module: nn.Module, tensors: Mapping[str, Tensor], *, sourc
     return [name for name in tensors if name not in own]
 
 
-def local_folder(source: str | Path, patterns: Sequence[str], *, flag: str) -> Path:
+def local_folder(source: str | Path, patterns: Sequence[str], *, flag: str, fetch: bool = True) -> Path:
     """Folder that `source` names: itself, or the download (or cached copy) of the hub repository `owner/name`.
 
     Args:
         source: an existing folder, or a hub name.
         patterns: the files to fetch from the hub; code is never among them.
         flag: the command-line flag to name in messages.
+        fetch: False: no network is used, only what was fetched before.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub name, or the hub has no such repository or cannot be reached.
@@ -104,8 +105,14 @@ def local_folder(source: str | Path, patterns: Sequence[str], *, flag: str) -> P
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
+        return Path(snapshot_download(str(source), allow_patterns=list(patterns), local_files_only=not fetch))
     except (OSError, HFValidationError) as error:
+        if not fetch:
+            raise MissingFileError(
+                f"a model config names {source}, a repository of the Hugging Face hub that has not been fetched; no "
+                f"file makes this program fetch anything: ask for it with {flag} {source}, or bring its files and pass "
+                f"{flag} FOLDER"
+            ) from error
         raise MissingFileError(
             f"{source}: not a local folder, not in the hub cache, not downloadable ({type(error).__name__}: offline, "
             f"HF_HUB_OFFLINE set, or no such repository). On a machine with network fetch those of {files} that exist "
