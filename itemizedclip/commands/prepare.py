@@ -1,26 +1,30 @@
 """The command `itemizedclip prepare WHAT`: what a person has → what training reads.
 
-itemizedclip prepare items SOURCE --to OUT      reports or redundant captions → independent text items
+itemizedclip prepare items SOURCE --to OUT                  reports or redundant captions → independent text items
+itemizedclip prepare studies SOURCE --to OUT --recipe mri   DICOM and NIfTI → volumes (of the radiology package)
+
+Packages register theirs under the entry-point group `itemizedclip.preparations`: name → `main(argv)`.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from itemizedclip.runtime.errors import EXIT_WRONG_FLAG
+from itemizedclip.runtime.errors import EXIT_WRONG_FLAG, reported_errors
+from itemizedclip.runtime.registry import Registry
 
-PREPARATIONS = {
-    "items": ("itemizedclip.commands.prepare_items", "reports or redundant captions → independent text items"),
-}
-"""Name → (module with `main(argv)`, one line for --help)."""
+PREPARATIONS: Registry[Callable[[Sequence[str]], object]] = Registry("itemizedclip.preparations", "preparation")
+"""Name → `main(argv)` of a command."""
 
 
 def usage() -> str:
     """The text of `itemizedclip prepare --help`."""
-    lines = [f"  {name:<10}{summary}" for name, (_, summary) in PREPARATIONS.items()]
-    return "\n".join(["usage: itemizedclip prepare WHAT [flags]        itemizedclip prepare WHAT --help", "", *lines])
+    names = ", ".join(PREPARATIONS.names())
+    return (
+        "usage: itemizedclip prepare WHAT [flags]        itemizedclip prepare WHAT --help\n\n"
+        f"What a person has → what training reads. WHAT is one of: {names}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments[:1] in (["--help"], ["-h"]):
         print(usage())
         return
-    if not arguments or arguments[0] not in PREPARATIONS:
-        problem = f"nothing named {arguments[0]} to prepare" if arguments else "not said what to prepare"
+    if not arguments or arguments[0] not in PREPARATIONS.names():
+        problem = PREPARATIONS.unknown(arguments[0]) if arguments else "not said what to prepare"
         print(f"itemizedclip prepare: {problem}\n\n{usage()}", file=sys.stderr)
         raise SystemExit(EXIT_WRONG_FLAG)
-    importlib.import_module(PREPARATIONS[arguments[0]][0]).main(arguments[1:])
+    with reported_errors("itemizedclip prepare"):
+        command = PREPARATIONS.load(arguments[0])
+    command(arguments[1:])

@@ -29,7 +29,7 @@ from itemizedclip_radiology.synthetic.cohort import (
     write_pub_brain_5,
     write_studies,
 )
-from itemizedclip_radiology.viewing.inputs import HEAD_WINDOWS_HU, _at_chest_spacing, body_of, open_input
+from itemizedclip_radiology.viewing.inputs import HEAD_WINDOWS_HU, at_chest_spacing, body_of, open_input
 from scan_files import affine_of, brain_phantom, chest_phantom, world_of, write_dicom, write_nifti
 
 from itemizedclip.data.batch import BadSampleError
@@ -219,7 +219,7 @@ def test_geometry_agrees_with_the_converters_resampling():
     scan = orient(Scan("", ramp.astype(np.float32), affine, Path("x")), "LPS")
     size = tuple(int(n * own / wanted) for n, own, wanted in zip(shape[::-1], scan.spacing_mm, (3, 1, 1)))
     moved = F.interpolate(torch.from_numpy(scan.voxels.copy())[None, None], size=size, mode="trilinear")[0, 0]
-    _, geometry = _at_chest_spacing(
+    _, geometry = at_chest_spacing(
         torch.from_numpy(scan.voxels.copy()), scan.spacing_mm, Geometry.of_input(scan.voxels.shape)
     )
     rows = [geometry.to_input((0.5, y + 0.5, 0.5))[1] - 0.5 for y in range(1, size[1] - 1)]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import SimpleITK as sitk
+from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
 from itemizedclip.data.batch import BadSampleError
@@ -53,9 +54,21 @@ _TAGS: list[Any] = [
     "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "NumberOfFrames", "Rows",
     "Columns", "BitsAllocated", "SamplesPerPixel", "RescaleSlope", "RescaleIntercept", "DiffusionBValue", "EchoTime",
     "InversionTime", "TemporalPositionIdentifier", "AcquisitionNumber", "TriggerTime", "AcquisitionTime",
-    "ConvolutionKernel", "FrameOfReferenceUID", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "ConvolutionKernel", "FrameOfReferenceUID", "BurnedInAnnotation", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
     Tag(0x0019, 0x0010), _SIEMENS_B, Tag(0x0043, 0x0010), _GE_B,
 ]  # fmt: skip
+
+
+_PERSONAL = [
+    "StudyInstanceUID", "SOPInstanceUID", "PatientName", "PatientID", "PatientBirthDate", "AccessionNumber",
+    "OtherPatientIDs", "OtherPatientNames", "PatientAddress", "PatientTelephoneNumbers", "InstitutionName",
+    "InstitutionAddress", "ReferringPhysicianName", "PerformingPhysicianName", "PhysiciansOfRecord", "OperatorsName",
+    "StudyID", "StationName", "StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate",
+]  # fmt: skip
+"""What tells whose images these are; read for pseudonyms and to keep it out of everything that is written."""
+
+_TAGS += _PERSONAL
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,9 @@ class DicomSlice:
         rescale: slope and intercept.
         differs: name of an attribute → value, for what may tell volumes of one series apart.
         damage: why its pixels cannot be read, "" when they can.
+        study, patient: StudyInstanceUID and PatientID.
+        burned_in: the pixels show text about the patient, as the header says.
+        personal: everything in the header that tells whose image this is.
     """
 
     path: Path
@@ -91,6 +107,10 @@ class DicomSlice:
     differs: dict[str, Hashable]
     frame_of_reference: str = ""
     damage: str = ""
+    study: str = ""
+    patient: str = ""
+    burned_in: bool = False
+    personal: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -196,7 +216,7 @@ def _b_value(header: Any) -> float | None:
             continue
         raw = header[tag].value
         text = raw.decode("ascii", "ignore").strip("\0 ").split("\\") if isinstance(raw, bytes) else raw
-        value = _number(text[0] if isinstance(text, (list, pydicom.multival.MultiValue)) else text)
+        value = _number(text[0] if isinstance(text, (list, MultiValue)) else text)
         if value is not None:
             return value % 1e5 if tag == _GE_B and value > 1e6 else value  # GE adds 10⁹ to it
     return None
@@ -215,6 +235,12 @@ def _slices_of(path: Path, header: Any, damage: str) -> list[DicomSlice]:
         found = _first(frame.get(group)) if frame is not None else None
         return found if found is not None else _first(shared.get(group)) if shared is not None else None
 
+    personal = frozenset(
+        str(word).strip()
+        for tag in (*_PERSONAL, "SeriesInstanceUID", "FrameOfReferenceUID")
+        for word in _words(header.get(tag))
+        if str(word).strip()
+    )
     slices = []
     for n in range(count):
         frame = frames[n] if frames else None
@@ -258,6 +284,10 @@ def _slices_of(path: Path, header: Any, damage: str) -> list[DicomSlice]:
                 differs=differs,
                 frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),
                 damage=damage or spacing_reason,
+                study=str(header.get("StudyInstanceUID") or ""),
+                patient=str(header.get("PatientID") or ""),
+                burned_in=str(header.get("BurnedInAnnotation") or "").upper() == "YES",
+                personal=personal,
             )
         )  # fmt: skip
     return slices
@@ -268,7 +298,9 @@ def _first(sequence: Any) -> Any:
 
 
 def _words(value: Any) -> list[str]:
-    return [] if value is None else [str(value)] if isinstance(value, str) else [str(word) for word in value]
+    if value is None:
+        return []
+    return [str(word) for word in value] if isinstance(value, (list, tuple, MultiValue)) else [str(value)]
 
 
 # --- series and their volumes ----------------------------------------------------------------------------------------

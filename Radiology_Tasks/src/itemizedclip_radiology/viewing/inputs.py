@@ -167,7 +167,7 @@ class _Remarks:
 
 
 @dataclass(frozen=True)
-class _Series:
+class PreparedSeries:
     """One series: (1, D, H, W) as the model takes it, and its view."""
 
     image: Tensor
@@ -314,7 +314,7 @@ def _nothing(source: Path, body: Body, left_out: Sequence[str] = ()) -> BadSampl
 # --- brain MRI and head CT -------------------------------------------------------------------------------------------
 
 
-def _open_brain(source: Path, size: Size, choice: SeriesChoice, remarks: _Remarks) -> list[_Series]:
+def _open_brain(source: Path, size: Size, choice: SeriesChoice, remarks: _Remarks) -> list[PreparedSeries]:
     found = _find(source)
     remarks.notes += found.notes
     if found.tensors:
@@ -323,13 +323,13 @@ def _open_brain(source: Path, size: Size, choice: SeriesChoice, remarks: _Remark
             prepare = "resample"
         files = _chosen(source, found.tensors, lambda file: (file.name, file.path.name), choice, remarks)
         return _brain_tensors(source.name, files, prepare, size, remarks)
-    series: list[_Series] = []
+    series: list[PreparedSeries] = []
     problems: list[str] = []
     for scan in _scans(source, found, choice, remarks, problems, "brain"):
         try:
             check_field_of_view(scan, "brain")
             scan = straightened(scan)
-            series += _brain_scan(scan, size)
+            series += brain_series(scan, size)
         except BadSampleError as error:
             problems.append(str(error))
             continue
@@ -427,7 +427,7 @@ def _fits(path: Path, size: Size) -> bool:
 
 def _brain_tensors(
     study: str, files: Sequence[SeriesFile], prepare: Preparation, size: Size, remarks: _Remarks
-) -> list[_Series]:
+) -> list[PreparedSeries]:
     """`.pt` files of grey values, as the zero-shot evaluations read them."""
     loaded = load_study(study, files, size=size, prepare=prepare)
     series = []
@@ -437,7 +437,7 @@ def _brain_tensors(
         grey = (volume.float() * (255 / white)).round_().clamp_(0, 255).to(torch.uint8).numpy()
         geometry = _of_voxel_map(Geometry.of_input(grey.shape), loaded.voxel_maps[number], size)
         grid = assumed_grid(grey.shape, BRAIN_CODES, (1.0, 1.0, 1.0))
-        series.append(_Series(loaded.image[number], InputView(name, grey, "grey", geometry, file_grid=grid)))
+        series.append(PreparedSeries(loaded.image[number], InputView(name, grey, "grey", geometry, file_grid=grid)))
     remarks.warnings += [f"series left out: {message}" for _, message in loaded.skipped]
     remarks.notes.append(
         ".pt files say nothing about voxel size and orientation: written volumes have voxels of 1 mm, counted as the "
@@ -449,7 +449,7 @@ def _brain_tensors(
 _NAMED_CT = re.compile(r"(?i)(?<![a-z])(h?ct|ncct|cect|cta)(?![a-z])")
 
 
-def _brain_scan(scan: Scan, size: Size) -> list[_Series]:
+def brain_series(scan: Scan, size: Size) -> list[PreparedSeries]:
     """One MRI series, or the three windows of a head CT."""
     turned = orient(scan, BRAIN_CODES, largest_spacing_first=True)
     is_ct = scan.modality == "CT" or (not scan.modality and looks_like_hu(scan.voxels))
@@ -492,7 +492,7 @@ def _brain_series(
     size: Size,
     window: HounsfieldWindow | None,
     original: np.ndarray | None = None,
-) -> _Series:
+) -> PreparedSeries:
     """A series of grey values 0…1 at the file's own size."""
     volume, voxel_map = resample_brain(unit, size)
     view = InputView(
@@ -506,7 +506,7 @@ def _brain_series(
         file_grid=turned.file_grid,
         original=original,
     )
-    return _Series(normalise_grey(volume, "0-1")[None], view)
+    return PreparedSeries(normalise_grey(volume, "0-1")[None], view)
 
 
 def assumed_grid(shape: Sequence[int], codes: str, spacing_mm: tuple[float, float, float]) -> FileGrid:
@@ -533,7 +533,7 @@ def _of_voxel_map(geometry: Geometry, voxel_map: VoxelMap, size: Size) -> Geomet
 # --- chest CT --------------------------------------------------------------------------------------------------------
 
 
-def _open_chest(source: Path, options: ChestInput, choice: SeriesChoice, remarks: _Remarks) -> _Series:
+def _open_chest(source: Path, options: ChestInput, choice: SeriesChoice, remarks: _Remarks) -> PreparedSeries:
     found = _find(source)
     remarks.notes += found.notes
     if found.tensors:
@@ -596,7 +596,9 @@ def _is_ct_rate(path: Path) -> bool:
     return True
 
 
-def _chest_series(name: str, source: Path, hu: Tensor, options: ChestInput, remarks: _Remarks, **where: Any) -> _Series:
+def _chest_series(
+    name: str, source: Path, hu: Tensor, options: ChestInput, remarks: _Remarks, **where: Any
+) -> PreparedSeries:
     """One chest volume in HU at the file's own size."""
     hu = hu.float()
     shift_hu = double_rescale_hu(hu, source, options)
@@ -607,7 +609,7 @@ def _chest_series(name: str, source: Path, hu: Tensor, options: ChestInput, rema
         remarks.warnings.append("values were taken as they are, without a look at whether they are HU (--read-as-is)")
     own_size = tuple(hu.shape)
     geometry = Geometry.of_input(own_size)
-    volume, geometry = _at_chest_spacing(hu, where["spacing_mm"], geometry)
+    volume, geometry = at_chest_spacing(hu, where["spacing_mm"], geometry)
     if options.fit == "resize":
         windowed, _ = resize_chest(options.window.apply(volume), options.size)
         geometry = geometry.resize(options.size)
@@ -630,12 +632,10 @@ def _chest_series(name: str, source: Path, hu: Tensor, options: ChestInput, rema
         window_hu=(options.window.hu_min, options.window.hu_max),
         **where,
     )
-    return _Series(windowed.sub_(GREY_MEAN).div_(GREY_STD)[None], view)
+    return PreparedSeries(windowed.sub_(GREY_MEAN).div_(GREY_STD)[None], view)
 
 
-def _at_chest_spacing(
-    hu: Tensor, spacing_mm: tuple[float, float, float], geometry: Geometry
-) -> tuple[Tensor, Geometry]:
+def at_chest_spacing(hu: Tensor, spacing_mm: tuple[float, float, float], geometry: Geometry) -> tuple[Tensor, Geometry]:
     """Trilinear to 3×1×1 mm; a size is cut to whole voxels, as published."""
     if np.allclose(spacing_mm, CHEST_SPACING_MM, rtol=0, atol=1e-3):
         return hu, geometry
