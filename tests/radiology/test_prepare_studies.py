@@ -1,4 +1,4 @@
-"""Studies of scanners → what training reads: the same by any number of processes and shards, and nobody's name in it."""
+"""Studies of scanners → what training reads: the same by any number of processes, and nobody's name in it."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_what_training_reads(source, tmp_path, quick):
         (to / f"{split}.json").write_text(json.dumps(splits[split]))
     write_results(to, "mri", prepare(options(source, to)))
     split = "train" if splits["train"] else "valid"
-    data = BrainStudies(data_root=to, json_path=to / f"{split}.json", is_train=False)
+    data = BrainStudies(data_root=to, json_path=to / f"{split}.json", is_train=False, num_items=3, seed=0)
     assert data[0].items == ["No acute infarct."]
     assert tuple(data[0].image.shape[1:]) == (1, 48, 224, 224)
 
@@ -241,7 +241,7 @@ def crash(number: int, folder: str) -> None:
     if number == 1:
         os.kill(os.getpid(), signal.SIGSEGV)
     if number == 2:
-        time.sleep(60)
+        time.sleep(600)
     if number == 3:
         raise SystemExit(7)
     (Path(folder) / str(number)).write_text("done")
@@ -250,9 +250,9 @@ def crash(number: int, folder: str) -> None:
 @pytest.mark.slow
 def test_a_bad_job_takes_nothing_else_down(tmp_path):
     jobs = [(number, str(tmp_path)) for number in range(6)]
-    ends = {end.job: end.failure for end in run_jobs(crash, jobs, workers=3, time_limit_s=5)}
+    ends = {end.job: end.failure for end in run_jobs(crash, jobs, workers=3, time_limit_s=30)}
     assert ends[1] == "its process was ended by SIGSEGV"
-    assert ends[2] == "took longer than 0.0833333 minutes"
+    assert ends[2] == "took longer than 0.5 minutes"
     assert ends[3] == "its process ended with status 7"
     assert [ends[number] for number in (0, 4, 5)] == ["", "", ""]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "4", "5"]
