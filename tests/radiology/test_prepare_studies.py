@@ -27,7 +27,7 @@ from scan_files import affine_of, brain_phantom, chest_phantom, world_of, write_
 
 from itemizedclip.models.factory import LoadedModel, load_model_config
 from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.jobs import JobEnd, run_jobs
+from itemizedclip.runtime.jobs import JobEnd
 
 SPOT = np.array([8.0, -12.0, 9.0])
 SHAPE, SPACING = (44, 48, 20), (2.0, 2.0, 5.0)
@@ -234,28 +234,6 @@ def test_a_list_of_paths_with_patients_and_splits(source, tmp_path, quick):
         prepare(options(table, tmp_path / "out"))
     with pytest.raises(UserError, match="--shard is '3/2'"):
         options(table, tmp_path / "out", shard="3/2")
-
-
-def crash(number: int, folder: str) -> None:
-    """A job: writes its number, or ends in a way of its own."""
-    if number == 1:
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if number == 2:
-        time.sleep(600)
-    if number == 3:
-        raise SystemExit(7)
-    (Path(folder) / str(number)).write_text("done")
-
-
-@pytest.mark.slow
-def test_a_bad_job_takes_nothing_else_down(tmp_path):
-    jobs = [(number, str(tmp_path)) for number in range(6)]
-    ends = {end.job: end.failure for end in run_jobs(crash, jobs, workers=3, time_limit_s=30)}
-    assert ends[1] == "its process was ended by SIGSEGV"
-    assert ends[2] == "took longer than 0.5 minutes"
-    assert ends[3] == "its process ended with status 7"
-    assert [ends[number] for number in (0, 4, 5)] == ["", "", ""]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "4", "5"]
 
 
 def test_pseudonyms_need_the_key(tmp_path):
