@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from itemizedclip.data.jsonl import ImageItems, OwnFile, check_files, read_own
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import create_model, read_checkpoint
+from itemizedclip.models.factory import create_model, given_checkpoint, read_checkpoint
 from itemizedclip.models.lora import fold
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.processes import on_main
@@ -172,7 +172,8 @@ def checkpoint_config(settings: ModelSettings) -> dict[str, Any] | None:
         return None
     if settings.pretrained is None:
         raise UserError("--finetune needs --pretrained, the checkpoint to start from")
-    config = fold(read_checkpoint(settings.pretrained, verify=False, mapped=True)).get("model_config")
+    path = given_checkpoint(settings.pretrained)
+    config = fold(read_checkpoint(path, verify=False, mapped=True)).get("model_config")
     if config is None:
         raise UserError(
             f"{settings.pretrained}: carries no model config (a released file?); name its model with --model"
