@@ -197,7 +197,7 @@ def _results(paths: Sequence[Path]) -> dict[str, float]:
         content = read_json(path, holding="results of an evaluation")
         if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
             raise UserError(f"{path}: expected a results.json of `itemizedclip evaluate`")
-        name = str(content.get("benchmark", path.stem))
+        name = str(content.get("evaluation", path.stem))
         measures |= {
             f"{name}: {key}": value for key, value in content["metrics"].items() if isinstance(value, (int, float))
         }

@@ -173,13 +173,13 @@ def test_lines_of_images_become_the_file_of_the_recipe_own(tmp_path):
     prepare_items(tmp_path / "c.jsonl", tmp_path / "out")
     own = [json.loads(line) for line in (tmp_path / "out/items.jsonl").read_text().splitlines()]
     assert own == [
-        {"image": "a.jpg", "items": ["A red roof.", "two cars"], "normal": False, "split": "train"},
-        {"series": {"T1": "a.pt"}, "items": ["No mass."], "normal": True},
+        {"image": "../a.jpg", "items": ["A red roof.", "two cars"], "normal": False, "split": "train"},
+        {"series": {"T1": "../a.pt"}, "items": ["No mass."], "normal": True},
     ]
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/7.txt").write_text("FINDINGS: Old infarct.")
     prepare_items(tmp_path / "texts", tmp_path / "out2", image_pattern="img/{key}.png")
-    assert json.loads((tmp_path / "out2/items.jsonl").read_text())["image"] == "img/7.png"
+    assert json.loads((tmp_path / "out2/items.jsonl").read_text())["image"] == "../texts/img/7.png"
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_nothing_of_the_machine_is_shared(tmp_path):
 
 def test_the_card(tmp_path):
     results = tmp_path / "results.json"
-    results.write_text(json.dumps({"benchmark": "own", "metrics": {"top1": 0.75}}))
+    results.write_text(json.dumps({"evaluation": "own", "metrics": {"top1": 0.75}}))
     flags = ["--licence", "cc-by-nc-4.0", "--training-data", "Invented scenes.", "--results", str(results)]
     main_push([str(CHECKPOINTS["2d"]), "--to", "me/seven", "--dry-run", "--folder", str(tmp_path / "f"), *flags])
     card = (tmp_path / "f/README.md").read_text()
