@@ -103,12 +103,12 @@ class OwnData:
     def check(self, options: RunOptions) -> None:
         """Stop before the first step when images are not on disk; called on the main rank."""
         skip = options.loading.on_bad_sample == "skip"
-        for file in self.files(options):
+        train, val = self.files(options)
+        for file in (train, val):
             if file is not None:
                 missing = check_files(file, max_missing=options.loading.max_bad_fraction if skip else 0.0)
                 if missing:
                     logger.warning("%d entries of %s have no file, such as %s", len(missing), file.path, missing[0])
-        train, val = self.files(options)
         logger.info(
             "%d entries to train on, %s to validate on", len(train.entries), len(val.entries) if val else "none"
         )
