@@ -7,6 +7,9 @@ itemizedclip index      encode a folder of images once, so that search finds the
 itemizedclip search     find images of an index by text, and where each text looked
 itemizedclip report     one image or study and where each of its items looked, as one HTML file
 itemizedclip explain    the same as pictures and NIfTI volumes, or as numbers over a set
+itemizedclip convert    a checkpoint in another layout
+itemizedclip push       a model, its config and its card to the Hugging Face hub
+itemizedclip pull       a model from the hub
 itemizedclip export     a model as ONNX graphs, for programs without PyTorch
 """
 
@@ -33,6 +36,12 @@ COMMANDS = {
         "one image or study and where each of its items looked, as one HTML file",
     ),
     "explain": ("itemizedclip.commands.explain", "the same as pictures and NIfTI volumes, or as numbers over a set"),
+    "convert": (
+        "itemizedclip.commands.convert",
+        "a checkpoint in another layout: safetensors and config, or as released",
+    ),
+    "push": ("itemizedclip.commands.push", "a model, its config and its card to the Hugging Face hub"),
+    "pull": ("itemizedclip.commands.pull", "a model from the Hugging Face hub"),
     "export": ("itemizedclip.commands.export", "a model as ONNX graphs, for programs without PyTorch"),
 }
 """Name → (module with `main(argv)`, one line for --help)."""

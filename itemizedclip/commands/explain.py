@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,13 +26,13 @@ from itemizedclip.data.scenes import LEVELS, ScenesDataset
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.explanation import ExplainEvaluator
 from itemizedclip.evaluation.results import EvaluationReport, metrics_table, write_results
-from itemizedclip.models.factory import LoadedModel, create_transform, load_pretrained
+from itemizedclip.models.factory import LoadedModel, create_transform, given_checkpoint, load_pretrained
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.flags import read_flags
 from itemizedclip.runtime.logs import literal, progress_bar, shown
 from itemizedclip.runtime.precision import Precision, resolve_precision
-from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, on_main
+from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, main_first, on_main
 from itemizedclip.viewer.explanation import Explainer, Explanation
 from itemizedclip.viewer.files import ExplanationFiles, write_explanation
 from itemizedclip.viewer.inputs import open_input
@@ -126,6 +126,7 @@ def run(options: ExplainOptions) -> dict[str, float]:
     """
     with launch(options.device, options.distributed) as ranks:
         texts = options.texts
+        options = replace(options, checkpoint=main_first(lambda: given_checkpoint(options.checkpoint)))
         loaded = load_pretrained(options.checkpoint, config=options.model, text_model=options.text_model)
         loaded.model.to(ranks.device)
         precision = resolve_precision(options.precision, ranks.device)

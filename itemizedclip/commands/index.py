@@ -18,13 +18,19 @@ from rich.table import Table
 
 from itemizedclip.data.images import DECODER_VERSION
 from itemizedclip.evaluation.encoding import EncodingOptions
-from itemizedclip.models.factory import CheckpointError, LoadedModel, create_transform, transform_spec
+from itemizedclip.models.factory import (
+    CheckpointError,
+    LoadedModel,
+    create_transform,
+    given_checkpoint,
+    transform_spec,
+)
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256, read_lines
 from itemizedclip.runtime.flags import loader_processes, read_flags
 from itemizedclip.runtime.logs import literal, progress_bar
 from itemizedclip.runtime.precision import Precision, resolve_precision
-from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, on_main
+from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, main_first, on_main
 from itemizedclip.search.build import BuildReport, build_index
 from itemizedclip.search.index import ImageIndex, load_photograph_model
 from itemizedclip.search.plan import BuildOptions
@@ -129,7 +135,7 @@ def run(options: IndexOptions) -> BuildReport:
     """
     with launch(options.device, options.distributed) as ranks:
         queries = on_main(lambda: _queries(options.recall_queries))
-        checkpoint = options.checkpoint.expanduser().resolve()
+        checkpoint = main_first(lambda: given_checkpoint(options.checkpoint)).expanduser().resolve()
         digest = on_main(lambda: _digest(checkpoint))
         loaded = load_photograph_model(checkpoint, options.model)
         loaded.model.to(ranks.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from itemizedclip.commands.questions import QuestionOptions, items_to_ask, score_table
-from itemizedclip.models.factory import LoadedModel, load_pretrained
+from itemizedclip.models.factory import LoadedModel, given_checkpoint, load_pretrained
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256, write_text
 from itemizedclip.runtime.flags import read_flags
@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _check_output(output)
         texts = options.texts
         device = choose_device(options.device, 0, 1)
+        options = replace(options, checkpoint=given_checkpoint(options.checkpoint))
         loaded = load_pretrained(options.checkpoint, config=options.model, text_model=options.text_model)
         loaded.model.to(device)
         source = options.of_study.open(options.input, lambda path, choice: open_input(path, loaded, choice))

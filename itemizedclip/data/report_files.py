@@ -15,6 +15,7 @@ import csv
 import html
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,7 +244,11 @@ def write_item_files(
             items = with_normal_marker(items, chest_ct=False)
         writer.writerow([report.key, numbered_text(items)])
     write_text(written[1], table.getvalue())
-    lines = [line for report in kept if (line := _own_line(report, results[report.key], image_pattern)) is not None]
+    # The source's paths are relative to its own folder, those of items.jsonl to the new one.
+    base = source.path if source.kind == "folder" else source.path.parent
+    there = os.path.relpath(base.resolve(), folder.resolve())
+    own = (_own_line(report, results[report.key], image_pattern, there) for report in kept)
+    lines = [line for line in own if line is not None]
     if lines:
         written.append(folder / "items.jsonl")
         write_text(written[-1], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -259,15 +264,19 @@ def write_item_files(
     return written
 
 
-def _own_line(report: Report, result: Itemized, image_pattern: str) -> dict[str, Any] | None:
-    """A line of the file of the recipe `own`, or None where no image is named."""
+def _own_line(report: Report, result: Itemized, image_pattern: str, there: str) -> dict[str, Any] | None:
+    """A line of the file of the recipe `own`, or None where no image is named; `there` is the folder of its paths."""
+
+    def moved(path: str) -> str:
+        return Path(os.path.normpath(os.path.join(there, path))).as_posix()
+
     entry = {key: value for key, value in report.entry.items() if key not in TEXT_FIELDS}
     if image_pattern:
-        where: dict[str, Any] = {"image": image_pattern.replace("{key}", report.key)}
+        where: dict[str, Any] = {"image": moved(image_pattern.replace("{key}", report.key))}
     elif isinstance(entry.get("series"), dict) and all(isinstance(path, str) for path in entry["series"].values()):
-        where = {"series": entry["series"]}
+        where = {"series": {name: moved(path) for name, path in entry["series"].items()}}
     elif isinstance(entry.get("image"), str):
-        where = {"image": entry["image"]}
+        where = {"image": moved(entry["image"])}
     else:
         return None
     more: dict[str, Any] = {key: entry[key] for key in ("split", "labels") if key in entry}

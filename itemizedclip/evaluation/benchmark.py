@@ -9,7 +9,7 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.evaluator import ReportingEvaluator
 from itemizedclip.evaluation.results import EvaluationReport, Protocol, write_results
-from itemizedclip.models.factory import LoadedModel, load_pretrained
+from itemizedclip.models.factory import HUB_PREFIX, LoadedModel, given_checkpoint, load_pretrained
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import check_writable, file_sha256
 from itemizedclip.runtime.flags import loader_processes, read_flags
@@ -107,7 +107,10 @@ def evaluate(options: BenchmarkOptions) -> dict[str, float]:
         CheckpointError, FileNotFoundError, ValueError, SetupError: each one sentence with its remedy.
     """
     with launch(options.device, options.distributed) as ranks:
-        checkpoint = options.checkpoint
+        checkpoint = main_first(lambda: given_checkpoint(options.checkpoint))
+        if str(options.checkpoint).startswith(HUB_PREFIX) and options.output is None:
+            raise UserError(f"--checkpoint {options.checkpoint}: say with --output where the results go")
+        options = replace(options, checkpoint=checkpoint)
         loaded = main_first(lambda: load_pretrained(checkpoint, config=options.model, text_model=options.text_model))
         precision = resolve_precision(options.precision, ranks.device)
         encoding = EncodingOptions(

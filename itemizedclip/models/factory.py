@@ -30,7 +30,7 @@ from itemizedclip.models.lora import fold
 from itemizedclip.models.tokenizers import ClipTokenizer
 from itemizedclip.runtime.errors import MissingFileError, UserError, about
 from itemizedclip.runtime.fields import brief
-from itemizedclip.runtime.files import read_json
+from itemizedclip.runtime.files import parse_json, read_json
 from itemizedclip.runtime.registry import MissingExtraError, Registry
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -222,9 +222,7 @@ def read_checkpoint(path: str | Path, *, verify: bool = True, mapped: bool = Fal
         raise CheckpointError(f"{path}: checkpoint {what}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            loaded: Any = load_file(str(path))
+            loaded: Any = _read_safetensors(path)
         else:
             if verify:
                 verify_archive(path)
@@ -254,6 +252,23 @@ def read_checkpoint(path: str | Path, *, verify: bool = True, mapped: bool = Fal
     if problem:
         raise CheckpointError(f"{path}: cannot be used, {problem}; take another checkpoint")
     return contents
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Tensors under `state_dict`, and what the header or a config.json beside the file says of the model."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(str(path), framework="pt") as file:
+        header = file.metadata() or {}
+    said: Any = None
+    if HEADER_KEY in header:
+        said = parse_json(header[HEADER_KEY], source=f"header of {path}", holding="a model config")
+    elif path.name == SHARED_FILE and path.with_name(CONFIG_FILE).is_file():
+        said = read_json(path.with_name(CONFIG_FILE), holding="a model config")
+    # A config.json of another library beside somebody's weights says nothing to us.
+    facts = said if isinstance(said, dict) and isinstance(said.get("model_config"), dict) else {}
+    return {**facts, "state_dict": load_file(str(path))}
 
 
 def _is_archive(path: Path) -> bool:
@@ -359,13 +374,20 @@ def _with_text_model(path: str | Path, config: Mapping[str, Any] | None, source:
 HUB_PREFIX = "hf-hub:"
 """What a name of a model on the Hugging Face hub begins with."""
 
+SHARED_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+"""What a shared model is made of (see `itemizedclip.models.sharing`)."""
+
+HEADER_KEY = "itemizedclip"
+"""Under which the header of a .safetensors file carries what config.json says."""
+
 
 def find_checkpoint(source: str | Path) -> Path:
-    """The checkpoint file that a path, a run folder or a name on the hub stands for.
+    """The checkpoint file that a path, a folder or a name on the hub stands for.
 
     Args:
-        source: a .pt or .safetensors file; a run folder, whose newest epoch is taken; or "hf-hub:owner/name", a
-            repository with `checkpoint.pt` as this project writes it.
+        source: a .pt or .safetensors file; a run folder, whose newest epoch is taken; a folder with
+            `model.safetensors`; or "hf-hub:owner/name" (also "…@revision"), a repository with `model.safetensors` or
+            `checkpoint.pt` as this project writes them.
 
     Raises:
         CheckpointError: a folder without checkpoints, or a repository that cannot be reached or has none.
@@ -375,6 +397,8 @@ def find_checkpoint(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if not path.is_dir():
         return path
+    if (path / SHARED_FILE).is_file():
+        return path / SHARED_FILE
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     numbered = ((re.fullmatch(r"epoch_(\d+)\.pt", file.name), file) for file in folder.glob("*.pt"))
     epochs = {int(match[1]): file for match, file in numbered if match}
@@ -383,16 +407,45 @@ def find_checkpoint(source: str | Path) -> Path:
     return epochs[max(epochs)]
 
 
+def given_checkpoint(source: Path) -> Path:
+    """`find_checkpoint` for what a flag names: hub names and shared folders become their file, all else stays."""
+    is_shared = (source / SHARED_FILE).is_file()
+    return find_checkpoint(source) if is_shared or str(source).startswith(HUB_PREFIX) else source
+
+
+def split_hub_name(name: str) -> tuple[str, str | None]:
+    """ "owner/name@revision" → repository and revision.
+
+    Raises:
+        CheckpointError: no such name.
+    """
+    repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise CheckpointError(f"{HUB_PREFIX}{repository}: no name of the hub; expected owner/name")
+    return repository, revision or None
+
+
+def hub_failure(error: Exception) -> str:
+    """What the hub's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    repository, revision = split_hub_name(name)
     try:
-        return Path(hf_hub_download(name, "checkpoint.pt"))
+        try:
+            return Path(hf_hub_download(repository, SHARED_FILE, revision=revision))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # no network, which no other name mends
+                raise
+            return Path(hf_hub_download(repository, "checkpoint.pt", revision=revision))
     except Exception as error:  # no network, no such repository, no such file: the hub raises many types
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{HUB_PREFIX}{name}: checkpoint.pt cannot be fetched ({first}); without a network, bring that file and "
-            "give its path"
+            f"{HUB_PREFIX}{name}: {SHARED_FILE} cannot be fetched ({hub_failure(error)}); without a network, bring "
+            "that file and give its path"
         ) from error
 
 
@@ -434,7 +487,7 @@ def load_pretrained(
     """A model from a run's checkpoint or from a released one.
 
     Args:
-        path: .pt or .safetensors file.
+        path: .pt or .safetensors file, a shared folder, or a name on the hub (`find_checkpoint`).
         config: model name, path or config; needed only when the checkpoint does not carry its own (released files).
         text_model: folder or hub name that a released file's tokenizer comes from, instead of the config's; for
             families whose text tower is a published one.
@@ -445,6 +498,7 @@ def load_pretrained(
         FileNotFoundError: a text model that is neither here nor to be had; a checkpoint's own config makes nothing be
             fetched (`create_tokenizer`).
     """
+    path = given_checkpoint(Path(path))
     contents = fold(read_checkpoint(path))
     state_dict = contents.pop("state_dict")
     contents.pop("optimizer", None)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from itemizedclip.data.jsonl import ImageItems, OwnFile, check_files, read_own
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import create_model, read_checkpoint
+from itemizedclip.models.factory import create_model, given_checkpoint, read_checkpoint
 from itemizedclip.models.lora import fold
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.processes import on_main
@@ -103,12 +103,12 @@ class OwnData:
     def check(self, options: RunOptions) -> None:
         """Stop before the first step when images are not on disk; called on the main rank."""
         skip = options.loading.on_bad_sample == "skip"
-        for file in self.files(options):
+        train, val = self.files(options)
+        for file in (train, val):
             if file is not None:
                 missing = check_files(file, max_missing=options.loading.max_bad_fraction if skip else 0.0)
                 if missing:
                     logger.warning("%d entries of %s have no file, such as %s", len(missing), file.path, missing[0])
-        train, val = self.files(options)
         logger.info(
             "%d entries to train on, %s to validate on", len(train.entries), len(val.entries) if val else "none"
         )
@@ -172,7 +172,8 @@ def checkpoint_config(settings: ModelSettings) -> dict[str, Any] | None:
         return None
     if settings.pretrained is None:
         raise UserError("--finetune needs --pretrained, the checkpoint to start from")
-    config = fold(read_checkpoint(settings.pretrained, verify=False, mapped=True)).get("model_config")
+    path = given_checkpoint(settings.pretrained)
+    config = fold(read_checkpoint(path, verify=False, mapped=True)).get("model_config")
     if config is None:
         raise UserError(
             f"{settings.pretrained}: carries no model config (a released file?); name its model with --model"

@@ -21,12 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from itemizedclip.data.sampler import BadSampleCounter
 from itemizedclip.evaluation.evaluator import Evaluator as Evaluator
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import load_weights, read_checkpoint
+from itemizedclip.models.factory import given_checkpoint, load_weights, read_checkpoint
 from itemizedclip.models.lora import add_adapters, fold
 from itemizedclip.runtime.claims import Claim
 from itemizedclip.runtime.collectives import gather_objects
 from itemizedclip.runtime.precision import Precision, resolve_precision
-from itemizedclip.runtime.processes import Ranks, SetupError, StopRequest, launch, leaving_at_once, on_main
+from itemizedclip.runtime.processes import Ranks, SetupError, StopRequest, launch, leaving_at_once, main_first, on_main
 from itemizedclip.training.checkpoint import new_run_id
 from itemizedclip.training.loading import BatchSource
 from itemizedclip.training.optimizer import create_optimizer, create_schedule
@@ -241,8 +241,9 @@ def _wrap(task: ItemizedTask, ranks: Ranks) -> nn.Module:
     return DistributedDataParallel(task, device_ids=device_ids, **settings)
 
 
-def start_from(model: DualEncoder, path: Path) -> None:
+def start_from(model: DualEncoder, source: Path) -> None:
     """Take the weights of a run's or a released checkpoint and say which keys were left out or changed."""
+    path = main_first(lambda: given_checkpoint(source))
     notes = load_weights(model, fold(read_checkpoint(path))["state_dict"], source=str(path))
     logger.info("starting from the weights of %s", path)
     for note in notes:

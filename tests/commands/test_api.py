@@ -146,7 +146,9 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path, monkeypatch):
         ic.load(tmp_path / "none.pt")
     with pytest.raises(CheckpointError, match=r"a folder without epoch_N\.pt"):
         ic.load(tmp_path)
-    with pytest.raises(CheckpointError, match=r"hf-hub:nobody/nothing: checkpoint\.pt cannot be fetched .* bring that"):
+    with pytest.raises(
+        CheckpointError, match=r"hf-hub:nobody/nothing: model\.safetensors cannot be fetched .* bring that"
+    ):
         ic.load("hf-hub:nobody/nothing")
     with pytest.raises(UserError, match="did you mean ViT-B-16-ItemizedCLIP"):
         ic.create_model_and_transforms("ViT-B-16-ItemizedCLIPP")

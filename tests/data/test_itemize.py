@@ -14,7 +14,7 @@ import pytest
 from commands import fails
 
 from itemizedclip.commands import prepare
-from itemizedclip.commands.prepare_items import PrepareItemsOptions, run
+from itemizedclip.commands.prepare_items import PrepareItemsOptions, run, text_similarity
 from itemizedclip.data.item_endpoint import EndpointError, ItemEndpoint, is_supported
 from itemizedclip.data.itemize import (
     ItemizeOptions,
@@ -99,6 +99,18 @@ def test_duplicates_need_the_same_facts():
     assert alike.left_out[-1].same_as == "Two cars are parked."
 
 
+def test_a_text_tower_judges_what_is_alike(tmp_path):
+    checkpoint = Path(__file__).parents[1] / "fixtures" / "runs" / "tiny_2d" / "checkpoints" / "epoch_6.pt"
+    texts = ["a small red seven", "a large cyan two", "a small red seven"]
+    cosines = text_similarity(str(checkpoint), None)(texts)
+    np.testing.assert_allclose(np.diag(cosines), 1, atol=1e-5)
+    assert cosines[0, 2] > 0.999 > cosines[0, 1]
+    (tmp_path / "c.json").write_text(json.dumps({"a": ["A red car.", "Some red car."]}))
+    prepare_items(tmp_path / "c.json", tmp_path / "out", encoder=str(checkpoint))
+    left_out = json.loads((tmp_path / "out/statistics.json").read_text())["left_out"]
+    assert set(left_out) == {"semantic"}
+
+
 @pytest.mark.parametrize(
     ("text", "normal"),
     [
@@ -173,13 +185,13 @@ def test_lines_of_images_become_the_file_of_the_recipe_own(tmp_path):
     prepare_items(tmp_path / "c.jsonl", tmp_path / "out")
     own = [json.loads(line) for line in (tmp_path / "out/items.jsonl").read_text().splitlines()]
     assert own == [
-        {"image": "a.jpg", "items": ["A red roof.", "two cars"], "normal": False, "split": "train"},
-        {"series": {"T1": "a.pt"}, "items": ["No mass."], "normal": True},
+        {"image": "../a.jpg", "items": ["A red roof.", "two cars"], "normal": False, "split": "train"},
+        {"series": {"T1": "../a.pt"}, "items": ["No mass."], "normal": True},
     ]
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/7.txt").write_text("FINDINGS: Old infarct.")
     prepare_items(tmp_path / "texts", tmp_path / "out2", image_pattern="img/{key}.png")
-    assert json.loads((tmp_path / "out2/items.jsonl").read_text())["image"] == "img/7.png"
+    assert json.loads((tmp_path / "out2/items.jsonl").read_text())["image"] == "../texts/img/7.png"
 
 
 @pytest.mark.parametrize(

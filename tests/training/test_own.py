@@ -289,9 +289,11 @@ def test_studies_are_trained_on_and_evaluated(tmp_path, monkeypatch, capsys, lik
          "logs/a/checkpoints/epoch_1.pt", "--workers", "0", "--device", "cpu"]
     )  # fmt: skip
     assert set(measures) == {"macro_auc", "auc/lesion"}
-    train_command.main(["own", "--data", "own.jsonl", "--like", like, "--finetune", "frozen", "--pretrained",
+    preset = "lora" if like == "mri_debug" else "frozen"
+    train_command.main(["own", "--data", "own.jsonl", "--like", like, "--finetune", preset, "--pretrained",
                         "logs/a/checkpoints/epoch_1.pt", "--name", "b", "--epochs", "1", "--warmup", "1",
                         "--batch-size", "2", "--device", "cpu"])  # fmt: skip
+    assert load_pretrained("logs/b/checkpoints/epoch_1.pt").config.get("lora") is None
     capsys.readouterr()
     said = fails(capsys, train_command.main, ["own", "--data", "own.jsonl", "--finetune", "full", "--pretrained",
                                               "logs/a/checkpoints/epoch_1.pt", "--name", "c"])  # fmt: skip
