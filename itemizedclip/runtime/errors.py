@@ -6,6 +6,7 @@ It is raised anywhere, crosses loader workers unchanged, and is reported here an
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ class UserError(ValueError):
     exit_code = EXIT_WRONG_FILE
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(_sentence_of(str(message), type(self).__name__))
+        super().__init__(_readable(_sentence_of(str(message), type(self).__name__)))
 
 
 class MissingFileError(UserError, FileNotFoundError):
@@ -56,6 +57,16 @@ def _sentence_of(message: str, class_name: str) -> str:
     if not message.startswith(f"Caught {class_name} in "):
         return message
     return message.rpartition(f"{class_name}: ")[2].strip()
+
+
+_LONG_WORD = re.compile(r"\S{600,}")
+_LONGEST_MESSAGE = 20_000
+
+
+def _readable(message: str) -> str:
+    """A message without the middle of what is too long to be read: values that somebody's file holds."""
+    message = _LONG_WORD.sub(lambda word: f"{word[0][:200]}…{word[0][-60:]}", message)
+    return message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]} …"
 
 
 @contextmanager
