@@ -28,8 +28,10 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
 from itemizedclip.runtime.files import open_csv, written_whole
+from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.logs import shown
 from itemizedclip_radiology.benchmarks.chest_ct import (
     CT_RATE_COLUMNS,
     CT_RATE_VALID_POSITIVES,
@@ -444,21 +446,20 @@ Command = Union[  # noqa: UP007 (tyro's subcommand annotations)
 ]
 
 
+PROG = "python -m itemizedclip_radiology.prepare.labels"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code, 2 for a file that cannot be used."""
-    command: RsnaImages | Rsna | Cq500 | CtRate | RadChestct = tyro.cli(
-        Command,
-        args=argv,
-        prog="python -m itemizedclip_radiology.prepare.labels",
+    """Run one command; returns 0, and ends with 1 for a file that cannot be used, 2 for a flag that cannot be."""
+    command: RsnaImages | Rsna | Cq500 | CtRate | RadChestct = read_flags(
+        Command,  # type: ignore[arg-type]  a union is no class
+        argv,
+        prog=PROG,
         description="Label CSVs of the radiology benchmarks from their official files.",
-        config=(tyro.conf.OmitArgPrefixes,),
     )
-    try:
+    with reported_errors(PROG):
         for line in command.run():
-            print(line)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            print(shown(line))
     return 0
 
 
