@@ -91,7 +91,7 @@ class BertTextTokenizer:
         self.context_length = context_length
         self._backend = backend
         self._backend.enable_truncation(max_length=context_length)
-        self._backend.enable_padding(pad_id=self.pad_id, pad_token="[PAD]", length=context_length)
+        self._backend.enable_padding(pad_id=self.pad_id, pad_token="[PAD]", length=context_length)  # noqa: S106  no password
         try:
             self(["a \u2603"])
         except BaseException as error:  # the library raises bare Exception, and its panics are not even that
@@ -251,7 +251,7 @@ def check_text_cfg(text_cfg: Mapping[str, Any], embed_dim: int) -> int:
     shape = bert_shape(text_cfg["hf_config"])
     place = "text_cfg.hf_config"
     check_fields(shape, _SHAPE_RULES, place=place, required=("vocab_size", "hidden_size"))
-    bert = _BERT_DEFAULTS | shape
+    bert = {**_BERT_DEFAULTS, **shape}
     width, heads = bert["hidden_size"], bert["num_attention_heads"]
     if width % heads:
         raise UserError(f"{place}.hidden_size {width} is not divisible by num_attention_heads {heads}")
