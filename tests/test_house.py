@@ -312,3 +312,24 @@ def test_paths_in_the_documents_exist(page):
     places = (ROOT, *WINGS.values(), ROOT / CORE, *(ROOT / CORE / room for rooms in FLOORS for room in rooms))
     named = re.findall(r"`([\w./-]+\.(?:py|sh|md|toml)|[\w.]+/[\w./]*)`", text) + re.findall(r"\]\(([^)#:]+)\)", text)
     assert [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
+# --- nothing executes data -------------------------------------------------------------------------------------------
+
+SAFE_LOADS = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
+
+
+def test_files_are_loaded_without_running_what_they_hold():
+    found = 0
+    for folder in (ROOT / CORE, *(base / name for name, base in WINGS.items())):
+        for path in folder.rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(call, ast.Call):
+                    continue
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                assert "trust_remote_code" not in given, path
+                wanted = SAFE_LOADS.get(ast.unparse(call.func))
+                if wanted:
+                    found += 1
+                    assert given.get(wanted[0]) == str(wanted[1]), f"{path}:{call.lineno}"
+    assert found >= 4

@@ -152,8 +152,11 @@ def check_id(name: str, where: object) -> str:
     """The name of an image or study as it is, which may be part of a path.
 
     Raises:
-        UserError: it is blank, or holds NUL, at which file systems and arrays of texts end a name.
+        UserError: it is blank, holds NUL, at which file systems and arrays of texts end a name, or is longer than
+            names of files can be.
     """
+    if any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in name.split("/")):
+        raise UserError(f"{where}: the name {name[:40]!r}… has more than the 255 bytes that names of files have")
     if not name.strip():
         raise UserError(f"{where}: the name is blank; expected the name of an image or study")
     if "\0" in name:

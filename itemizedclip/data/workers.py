@@ -28,7 +28,7 @@ from torch.utils.data import get_worker_info
 
 from itemizedclip.runtime.errors import UserError
 
-SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY = "/dev/shm"  # noqa: S108  only its room is read
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +99,7 @@ class Piped:
     def unpack(self) -> Any:
         """The batch; says once why it came this way."""
         _say_once(self.free, len(self.content), self.workers)
-        # Made by a process of this run.
-        return pickle.loads(self.content)
+        return pickle.loads(self.content)  # noqa: S301  made by a process of this run
 
     def pin_memory(self) -> Any:
         """Page-locked copy of the batch; DataLoader calls this by name."""

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from itemizedclip.runtime.files import parse_json
+
 logger = logging.getLogger(__name__)
 
 
@@ -73,10 +75,10 @@ class ScoreStore:
                 path.unlink()
                 continue
             unreadable = 0
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in path.read_bytes().splitlines():
                 try:
-                    entry = self._parse(json.loads(line))
-                except (ValueError, TypeError, KeyError):
+                    entry = self._parse(parse_json(line, source=path, holding="scores"))
+                except (ValueError, TypeError, KeyError, OverflowError):
                     unreadable += 1  # a killed process left it unfinished
                     continue
                 found[entry.sample_id] = entry

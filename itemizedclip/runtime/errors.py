@@ -6,7 +6,10 @@ It is raised anywhere, crosses loader workers unchanged, and is reported here an
 from __future__ import annotations
 
 import errno
+import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,9 @@ EXIT_WRONG_FILE = 1
 
 EXIT_WRONG_FLAG = 2
 """Exit status when a flag, a value or a combination of flags cannot be."""
+
+EXIT_FAULT = 70
+"""Exit status of an error that nobody foresaw (sysexits.h: EX_SOFTWARE)."""
 
 EXIT_NO_SPACE = 74
 """Exit status when the disk is full, or would be before the end (sysexits.h: EX_IOERR)."""
@@ -38,7 +44,7 @@ class UserError(ValueError):
     exit_code = EXIT_WRONG_FILE
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(_sentence_of(str(message), type(self).__name__))
+        super().__init__(_readable(_sentence_of(str(message), type(self).__name__)))
 
 
 class MissingFileError(UserError, FileNotFoundError):
@@ -58,6 +64,16 @@ def _sentence_of(message: str, class_name: str) -> str:
     return message.rpartition(f"{class_name}: ")[2].strip()
 
 
+_LONG_WORD = re.compile(r"\S{600,}")
+_LONGEST_MESSAGE = 20_000
+
+
+def _readable(message: str) -> str:
+    """A message without the middle of what is too long to be read: values that somebody's file holds."""
+    message = _LONG_WORD.sub(lambda word: f"{word[0][:200]}…{word[0][-60:]}", message)
+    return message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]} …"
+
+
 @contextmanager
 def about(source: object) -> Iterator[None]:
     """Put the name of a file before the messages raised in the block that do not name it yet."""
@@ -69,29 +85,78 @@ def about(source: object) -> Iterator[None]:
         raise type(error)(f"{source}: {error}") from error.__cause__
 
 
+DEBUG_FLAG = "--debug"
+"""Taken by every command: an unexpected error shows its whole trace."""
+
+_traces_are_shown = False
+
+
+def show_traces() -> None:
+    """From now on unexpected errors show their trace."""
+    global _traces_are_shown
+    _traces_are_shown = True
+
+
 @contextmanager
 def reported_errors(prog: str | None = None) -> Iterator[None]:
-    """Turn errors a user can mend into one line on standard error and an exit status; others keep their trace.
+    """Turn errors into one line on standard error and an exit status.
 
-    Those are `UserError`s, files that cannot be opened or written, and, on several ranks, connections that broke
-    because another rank failed: its message is the one to read. The exit status is the error's own, mostly 1.
+    Those a user can mend are `UserError`s, files that cannot be opened or written, and, on several ranks, connections
+    that broke because another rank failed: its message is the one to read. Their exit status is their own, mostly 1.
+    All others are faults of ours or of a library: their trace goes to a file that the line names, or, with --debug, to
+    standard error; the exit status is 70.
     """
     try:
         yield
-    except UserError as error:
-        _end(prog, str(error), error.exit_code)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        _end(prog, f"{error.filename}: {error.strerror}", EXIT_NO_SPACE if full else EXIT_WRONG_FILE)
-    except RuntimeError as error:
-        if "by peer" in str(error):
+    except BrokenPipeError:
+        raise  # whoever reads the output had enough of it
+    except Exception as error:
+        known = _message_of(error)
+        if known is None:
+            if _traces_are_shown:
+                raise
+            known = _unexpected(error), EXIT_FAULT
+        message, exit_code = known
+        if not message:
             print("another process of this run failed; see its message", file=sys.stderr)
-            raise SystemExit(EXIT_WRONG_FILE) from None
-        if "Timed out waiting" not in str(error):
-            raise
-        _end(prog, "the other processes gave no sign for --dist-timeout minutes; see what they or their machines say")
+            raise SystemExit(exit_code) from None
+        _end(prog, message, exit_code)
+
+
+def _message_of(error: Exception) -> tuple[str, int] | None:
+    """What to say of an error that was foreseen, and the exit status; None for others."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return f"{error.filename}: {error.strerror}", EXIT_NO_SPACE if full else EXIT_WRONG_FILE
+    if isinstance(error, RuntimeError) and "by peer" in str(error):
+        return "", EXIT_WRONG_FILE
+    if isinstance(error, RuntimeError) and "Timed out waiting" in str(error):
+        return (
+            "the other processes gave no sign for --dist-timeout minutes; see what they or their machines say",
+            EXIT_WRONG_FILE,
+        )
+    return None
+
+
+def _unexpected(error: Exception) -> str:
+    """What to say of an error that nobody foresaw; its trace is kept in a file."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f" at {Path(last[0].filename).name}:{last[0].lineno}" if last else ""
+    first = (str(error).strip().splitlines() or ["no message"])[0][:300]
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="itemizedclip-", suffix=".trace.txt", delete=False, encoding="utf-8", errors="replace"
+        ) as file:
+            file.writelines(traceback.format_exception(error))
+        where = f"its trace is in {file.name}"
+    except OSError:
+        where = f"run again with {DEBUG_FLAG} for its trace"
+    return (
+        f"unexpected {type(error).__name__}{place}: {first}; this is a fault of the program or of a library, {where}: "
+        "please report it with the command"
+    )
 
 
 def _end(prog: str | None, message: str, exit_code: int = EXIT_WRONG_FILE) -> None:

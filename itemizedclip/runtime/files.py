@@ -312,6 +312,8 @@ class CsvRows:
         reader = csv.reader(lines, strict=True)
         try:
             for row in reader:
+                if any("\0" in cell for cell in row):
+                    raise UserError(f"{source}: row starting at line {self.line}: holds NUL; expected {expected}")
                 yield row
                 self.line = reader.line_num + 1
         except csv.Error as error:

@@ -7,13 +7,13 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 import tyro
 
-from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.errors import DEBUG_FLAG, UserError, show_traces
 from itemizedclip.runtime.logs import logging_to_console, shown
 from itemizedclip.runtime.published_flags import without_published
 
@@ -44,11 +44,15 @@ def read_flags(
     """
     more: dict[str, Any] = {} if default is None else {"default": default}
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if DEBUG_FLAG in arguments:
+        arguments.remove(DEBUG_FLAG)
+        show_traces()
+    description = f"{description or ''}\n\nWith {DEBUG_FLAG} an unexpected error shows its whole trace."
     if published:
         with logging_to_console(int(os.environ.get("RANK", 0))):
             arguments = without_published(kind, arguments)
     try:
-        with ending_quietly():
+        with ending_quietly(), _shown_messages(arguments):
             options: OptionsT = tyro.cli(
                 kind, args=arguments, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,), **more
             )
@@ -57,6 +61,30 @@ def read_flags(
     except ValueError as error:  # tyro before 1.0 lets what a field's class raises through
         print(f"{prog or Path(sys.argv[0]).name}: error: {shown(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+class _Shown:
+    """Standard error for the parser's messages, which repeat what was typed."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(shown(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+@contextmanager
+def _shown_messages(arguments: Sequence[str]) -> Iterator[None]:
+    """Escape what a terminal would obey when an argument holds such; the messages have no colours then."""
+    if all(shown(argument) == argument for argument in arguments):
+        yield
+        return
+    with redirect_stderr(cast(TextIO, _Shown(sys.stderr))):
+        yield
 
 
 @contextmanager

@@ -128,7 +128,9 @@ def _children_of(parent: int) -> list[int]:
     try:
         listed = Path(f"/proc/{parent}/task/{parent}/children").read_text()
     except OSError:
-        listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False).stdout
+        # Where there is no /proc; the argument is a number.
+        command = ["pgrep", "-P", str(parent)]
+        listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout  # noqa: S603
     return [int(pid) for pid in listed.split()]
 
 

@@ -514,6 +514,8 @@ def test_builder_command_line(tmp_path, capsys):
     assert "3 rows" in output
     assert "differs from the published counts: 3 rows, published 3,039" in output
     assert (tmp_path / "out.csv").read_text() == path.read_text()
-    assert builders.main(["cq500", "--reads", str(tmp_path / "no.csv"), "--output", str(tmp_path / "x.csv")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'no.csv'}: no such file")
+    with pytest.raises(SystemExit) as ended:
+        builders.main(["cq500", "--reads", str(tmp_path / "no.csv"), "--output", str(tmp_path / "x.csv")])
+    assert ended.value.code == 1
+    assert f"error: {tmp_path / 'no.csv'}: no such file" in capsys.readouterr().err
     assert not (tmp_path / "x.csv").exists()

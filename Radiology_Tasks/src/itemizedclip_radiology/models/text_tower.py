@@ -91,7 +91,13 @@ class BertTextTokenizer:
         self.context_length = context_length
         self._backend = backend
         self._backend.enable_truncation(max_length=context_length)
-        self._backend.enable_padding(pad_id=self.pad_id, pad_token="[PAD]", length=context_length)
+        self._backend.enable_padding(pad_id=self.pad_id, pad_token="[PAD]", length=context_length)  # noqa: S106  no password
+        try:
+            self(["a \u2603"])
+        except BaseException as error:  # the library raises bare Exception, and its panics are not even that
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise UserError(f"a tokenizer that reads no text ({error})") from None
 
     @property
     def vocab_size(self) -> int:

@@ -28,9 +28,10 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
 from itemizedclip.runtime.files import open_csv, written_whole
-from itemizedclip.runtime.flags import at_least, loader_processes
+from itemizedclip.runtime.flags import at_least, loader_processes, read_flags
+from itemizedclip.runtime.logs import shown
 from itemizedclip_radiology.benchmarks.chest_ct import (
     CT_RATE_COLUMNS,
     CT_RATE_VALID_POSITIVES,
@@ -111,10 +112,10 @@ def _slice_labels(labels_csv: Path) -> dict[str, bytearray]:
 
 
 def _image_table(images_csv: Path) -> dict[str, str]:
-    header = list(_read_csv(images_csv, {}, nrows=0).columns)
+    header = list(_read_csv(images_csv, [], header_only=True).columns)
     image_column = _named(images_csv, header, _IMAGE_ID_COLUMNS)
     study_column = _named(images_csv, header, _STUDY_ID_COLUMNS)
-    table = _read_csv(images_csv, {image_column: str, study_column: str}).drop_duplicates()
+    table = _read_csv(images_csv, [image_column, study_column]).drop_duplicates()
     images = table[image_column]
     repeated = images[images.duplicated()]
     if len(repeated):
@@ -168,11 +169,11 @@ def build_cq500(reads_csv: Path) -> LabelTable:
         FileNotFoundError: no such file.
         ValueError: a missing column, a value other than 0 and 1, an id that is none or stands twice.
     """
-    header = list(_read_csv(reads_csv, {}, nrows=0).columns)
+    header = list(_read_csv(reads_csv, [], header_only=True).columns)
     name_column = _named(reads_csv, header, ("name", "study", "subject"))
     readers = [f"R{number}:{finding}" for finding in CQ500_COLUMNS for number in (1, 2, 3)]
     columns = [_named(reads_csv, header, (reader,)) for reader in readers]
-    frame = _read_csv(reads_csv, {name_column: str, **dict.fromkeys(columns, str)})
+    frame = _read_csv(reads_csv, [name_column, *columns])
     votes = _binary(reads_csv, frame, columns).reshape(len(frame), len(CQ500_COLUMNS), 3).sum(2)
     ids = _ids(reads_csv, frame[name_column], cq500_id)
     return LabelTable(reads_csv, ids, CQ500_COLUMNS, (votes >= 2).astype(np.int8))
@@ -237,7 +238,7 @@ def build_rad_chestct(label_csvs: Sequence[Path]) -> LabelTable:
     ids: list[str] = []
     blocks: list[np.ndarray] = []
     for path in label_csvs:
-        header = list(_read_csv(path, {}, nrows=0).columns)
+        header = list(_read_csv(path, [], header_only=True).columns)
         name_column = _named(path, header, ("NoteAcc_DEID",))
         locations: dict[str, list[str]] = {}
         for column in header:
@@ -246,8 +247,8 @@ def build_rad_chestct(label_csvs: Sequence[Path]) -> LabelTable:
         for finding, source in RAD_CHESTCT_SOURCES.items():
             if source not in locations:
                 raise UserError(f"{path}: no column {source}*<location> for {finding}; found {', '.join(locations)}")
-        used = {column: str for source in RAD_CHESTCT_SOURCES.values() for column in locations[source]}
-        frame = _read_csv(path, {name_column: str, **used})
+        used = [column for source in RAD_CHESTCT_SOURCES.values() for column in locations[source]]
+        frame = _read_csv(path, [name_column, *used])
         present = {
             source: _binary(path, frame, locations[source]).max(1) for source in set(RAD_CHESTCT_SOURCES.values())
         }
@@ -259,22 +260,26 @@ def build_rad_chestct(label_csvs: Sequence[Path]) -> LabelTable:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read_csv(path: Path, columns: Mapping[str, type], nrows: int | None = None) -> pd.DataFrame:
+def _read_csv(path: Path, columns: Sequence[str], *, header_only: bool = False) -> pd.DataFrame:
     """The named columns as text; all columns when none is named."""
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file; expected the official CSV")
-    try:
-        return pd.read_csv(
-            path,
-            usecols=list(columns) or None,
-            dtype=dict(columns) or None,
-            nrows=nrows,
-            keep_default_na=False,
-            encoding="utf-8-sig",
-        )
-    except ValueError as error:  # pandas' parser errors are ValueErrors too
-        expected = f"expected a CSV with the columns {', '.join(list(columns)[:6])}" if columns else "expected a CSV"
-        raise UserError(f"{path}: {error}; {expected}") from None
+    with open_csv(path, holding=f"the columns {', '.join(list(columns)[:6])}" if columns else "labels") as rows:
+        header = next(rows, [])
+        wanted = [*dict.fromkeys(columns)] or header
+        doubled = [name for name in wanted if header.count(name) > 1]
+        if doubled:
+            raise UserError(f"{path}: {header.count(doubled[0])} columns are called {doubled[0]!r}; keep one")
+        at = [header.index(name) for name in wanted]
+        found = []
+        for row in [] if header_only else rows:
+            if row and len(row) != len(header):
+                raise UserError(
+                    f"{path}: line {rows.line}: {len(row)} values for {len(header)} columns; expected one per column"
+                )
+            if row:
+                found.append([row[column] for column in at])
+    if not (found or header_only):
+        raise UserError(f"{path}: no row below the header; expected the official CSV")
+    return pd.DataFrame(found, columns=wanted, dtype=str)
 
 
 def _named(path: Path, header: Sequence[str], names: Sequence[str]) -> str:
@@ -440,21 +445,20 @@ Command = Union[  # noqa: UP007 (tyro's subcommand annotations)
 ]
 
 
+PROG = "python -m itemizedclip_radiology.prepare.labels"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code, 2 for a file that cannot be used."""
-    command: RsnaImages | Rsna | Cq500 | CtRate | RadChestct = tyro.cli(
-        Command,
-        args=argv,
-        prog="python -m itemizedclip_radiology.prepare.labels",
+    """Run one command; returns 0, and ends with 1 for a file that cannot be used, 2 for a flag that cannot be."""
+    command: RsnaImages | Rsna | Cq500 | CtRate | RadChestct = read_flags(
+        Command,  # type: ignore[arg-type]  a union is no class
+        argv,
+        prog=PROG,
         description="Label CSVs of the radiology benchmarks from their official files.",
-        config=(tyro.conf.OmitArgPrefixes,),
     )
-    try:
+    with reported_errors(PROG):
         for line in command.run():
-            print(line)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            print(shown(line))
     return 0
 
 
