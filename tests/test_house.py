@@ -329,6 +329,8 @@ def test_files_are_loaded_without_running_what_they_hold():
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
                 assert "trust_remote_code" not in given, path
                 wanted = SAFE_LOADS.get(ast.unparse(call.func))
+                if wanted and given.get("pickle_module") == "_PICKLE":
+                    continue  # an unpickler that calls nothing of a file; tests/radiology/test_pickled_module.py
                 if wanted:
                     found += 1
                     assert given.get(wanted[0]) == str(wanted[1]), f"{path}:{call.lineno}"

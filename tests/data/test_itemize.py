@@ -215,7 +215,7 @@ def test_sources_that_are_none(tmp_path, name, content, message):
 
 def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path, capsys):
     assert "no such file" in fails(capsys, prepare.main, ["items", str(tmp_path / "x.csv"), "--to", str(tmp_path)])
-    assert "nothing named trees" in fails(capsys, prepare.main, ["trees"])
+    assert "no preparation named trees" in fails(capsys, prepare.main, ["trees"])
     (tmp_path / "r.csv").write_text("s1,FINDINGS: Cyst.\n")
     flags = ["items", str(tmp_path / "r.csv"), "--to", str(tmp_path), "--language", "xx"]
     assert "--language is 'xx'" in fails(capsys, prepare.main, flags)

@@ -26,9 +26,10 @@ from itemizedclip_2d.shard_index import listed_counts, read_shard
 from itemizedclip_radiology.benchmarks.head_ct import CQ500_COLUMNS, RSNA_COLUMNS, read_rsna_labels, read_study_list
 from itemizedclip_radiology.data.brain import _EntryCheck
 from itemizedclip_radiology.data.chest import _check_scan
+from itemizedclip_radiology.data.dicom import find_dicom_series, read_dicom, usable_series
 from itemizedclip_radiology.data.label_table import read_label_csv
+from itemizedclip_radiology.data.nifti import read_nifti
 from itemizedclip_radiology.data.reports import StudyIndex, read_report_table
-from itemizedclip_radiology.data.scans import find_dicom_series, read_dicom, read_nifti
 from itemizedclip_radiology.data.volumes import read_volume
 from itemizedclip_radiology.models.text_tower import bert_config_of, load_bert_tokenizer
 from itemizedclip_radiology.models.weight_files import read_state_dict
@@ -217,7 +218,7 @@ def shard(path: Path) -> object:
 
 
 def dicom(path: Path) -> object:
-    return [read_dicom(series) for series in find_dicom_series(path.parent)]
+    return [read_dicom(series) for series in usable_series(find_dicom_series(path.parent))[0]]
 
 
 JSON_READERS: dict[str, Reader] = {

@@ -144,8 +144,10 @@ def test_an_error_is_reported_in_one_line(capsys):
         assert stop.value.code == 1
         assert capsys.readouterr().err == said
     for fault in (ValueError("a fault of ours"), OSError("no file"), RuntimeError("shape")):
-        with pytest.raises(type(fault)), reported_errors("prog"):
+        with pytest.raises(SystemExit) as stop, reported_errors("prog"):
             raise fault
+        assert stop.value.code == 70
+        assert str(fault) in capsys.readouterr().err
 
 
 def test_names_of_parts_tell_whose_they_are(tmp_path):

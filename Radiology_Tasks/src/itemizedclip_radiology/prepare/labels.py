@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated, Any, Union
 
 import numpy as np
 import pandas as pd
@@ -450,11 +450,9 @@ PROG = "python -m itemizedclip_radiology.prepare.labels"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, and ends with 1 for a file that cannot be used, 2 for a flag that cannot be."""
+    kind: Any = Command  # a union is no class
     command: RsnaImages | Rsna | Cq500 | CtRate | RadChestct = read_flags(
-        Command,  # type: ignore[arg-type]  a union is no class
-        argv,
-        prog=PROG,
-        description="Label CSVs of the radiology benchmarks from their official files.",
+        kind, argv, prog=PROG, description="Label CSVs of the radiology benchmarks from their official files."
     )
     with reported_errors(PROG):
         for line in command.run():

@@ -39,6 +39,7 @@ from rich.table import Table
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.images import decode_photograph
 from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
 from itemizedclip.runtime.files import check_writable, open_csv, read_json, replacing, write_json, written_whole
 from itemizedclip.runtime.flags import at_least, check, loader_processes, read_flags
@@ -567,8 +568,7 @@ def _contact_sheet(to: Path, records: Sequence[SeriesRecord]) -> Path | None:
     pen = ImageDraw.Draw(sheet)
     for number, one in enumerate(shown):
         left, top = number % _SHEET_COLUMNS * cell_w + 6, number // _SHEET_COLUMNS * cell_h + 4
-        with Image.open(to / one.thumbnail) as thumbnail:
-            sheet.paste(thumbnail.convert("RGB"), (left, top))
+        sheet.paste(decode_photograph(to / one.thumbnail, source=one.thumbnail), (left, top))
         pen.text((left, top + _THUMBNAIL_PX + 1), one.study, fill="black")
         pen.text((left, top + _THUMBNAIL_PX + 13), one.series[:20], fill=(90, 90, 90))
     path = to / "contact_sheet.png"
