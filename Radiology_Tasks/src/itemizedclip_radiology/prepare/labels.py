@@ -452,7 +452,7 @@ PROG = "python -m itemizedclip_radiology.prepare.labels"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, and ends with 1 for a file that cannot be used, 2 for a flag that cannot be."""
     command: RsnaImages | Rsna | Cq500 | CtRate | RadChestct = read_flags(
-        Command,  # type: ignore[arg-type]  a union is no class
+        Command,  # type: ignore[arg-type]  # a union is no class
         argv,
         prog=PROG,
         description="Label CSVs of the radiology benchmarks from their official files.",
