@@ -16,7 +16,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from itemizedclip.runtime.errors import UserError
 
@@ -109,6 +109,29 @@ class Piped:
 def unpacked(batch: Any) -> Any:
     """A batch as the collator made it, whichever way it came."""
     return batch.unpack() if isinstance(batch, Piped) else batch
+
+
+LOADER_TIMEOUT_S = 1200.0
+"""How long a loader process outside training may give nothing: --loader-timeout's default there."""
+
+
+def delivered(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader gives, as the collator made it; outside training, which knows more (`training.loading`).
+
+    Raises:
+        LoaderError: a loader process was killed, or gave nothing for the loader's timeout.
+    """
+    try:
+        yield from map(unpacked, loader)
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        how = "gave nothing" if "timed out" in str(error) else "was killed"
+        kill_loader_processes()
+        raise LoaderError(
+            f"one of {loader.num_workers} loader processes {how} ({str(error).splitlines()[0][:200]}). Mostly the "
+            "machine's memory was used up (see dmesg), or a disk does not answer: lower --workers or --batch-size"
+        ) from None
 
 
 _said = threading.Event()

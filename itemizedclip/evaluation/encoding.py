@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itemizedclip.data.batch import BadSampleError, ItemSample, Tokenizer, trim_padding
-from itemizedclip.data.workers import RoomyCollator, unpacked
+from itemizedclip.data.workers import LOADER_TIMEOUT_S, RoomyCollator, delivered
 from itemizedclip.evaluation.evaluator import ItemDataset, has_parts, items_of, parts_of
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.runtime import collectives
@@ -175,9 +175,10 @@ def encode_images(
         collate_fn=RoomyCollator(partial(_collate, one_shape=not has_parts(dataset))),
         worker_init_fn=shield_loader_worker,
         pin_memory=device.type == "cuda",
+        timeout=LOADER_TIMEOUT_S if options.num_workers else 0,
     )
     done, to_do = 0, sum(map(len, batches))
-    for batch, (groups, failed) in zip(batches, map(unpacked, loader)):
+    for batch, (groups, failed) in zip(batches, delivered(loader)):
         for row, why in failed:
             if unusable is not None and row not in unusable:
                 logger.warning("%s", why)

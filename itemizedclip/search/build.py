@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.images import decode_photograph
-from itemizedclip.data.workers import RoomyCollator, unpacked
+from itemizedclip.data.workers import LOADER_TIMEOUT_S, RoomyCollator, delivered
 from itemizedclip.evaluation.encoding import EncodingOptions, encode_image_batch, evaluation_mode
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.runtime import collectives
 from itemizedclip.runtime.logs import OnProgress
-from itemizedclip.runtime.processes import on_main
+from itemizedclip.runtime.processes import on_main, shield_loader_worker
 from itemizedclip.search.plan import BuildOptions, Chunk, FoundImage, Plan, find_images, plan_build
 from itemizedclip.search.store import (
     INDEX_FILE,
@@ -148,7 +148,7 @@ def encode_chunks(
     """
     own = plan.chunks[collectives.rank() :: collectives.world_size()]
     images = [image for chunk in own for image in chunk.images]
-    loads = map(unpacked, _loader(folder, images, own, transform, options.encoding))
+    loads = delivered(_loader(folder, images, own, transform, options.encoding))
     written = _Written()
     told = perf_counter()
     for chunk in own:
@@ -191,7 +191,14 @@ def _loader(
         first = last
     dataset = _Photographs(folder, images, transform)
     collate = RoomyCollator(_as_list)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=encoding.num_workers, collate_fn=collate)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=encoding.num_workers,
+        collate_fn=collate,
+        worker_init_fn=shield_loader_worker,
+        timeout=LOADER_TIMEOUT_S if encoding.num_workers else 0,
+    )
 
 
 def _sort_out(loaded: Sequence[_Loaded], chunk: Chunk, header: ShardHeader) -> list[Tensor]:

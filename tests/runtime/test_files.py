@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from itemizedclip.data.batch import BadSampleError
-from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
+from itemizedclip.runtime.errors import EXIT_FAULT, MissingFileError, UserError, reported_errors
 from itemizedclip.runtime.files import (
     check_writable,
     file_sha256,
@@ -146,8 +148,12 @@ def test_an_error_is_reported_in_one_line(capsys):
     for fault in (ValueError("a fault of ours"), OSError("no file"), RuntimeError("shape")):
         with pytest.raises(SystemExit) as stop, reported_errors("prog"):
             raise fault
-        assert stop.value.code == 70
-        assert str(fault) in capsys.readouterr().err
+        assert stop.value.code == EXIT_FAULT
+        said = capsys.readouterr().err
+        assert said.startswith(f"prog: error: unexpected {type(fault).__name__} at test_files.py:")
+        Path(re.search(r"its trace is in (\S+):", said)[1]).unlink()
+    with pytest.raises(BrokenPipeError), reported_errors("prog"):
+        raise BrokenPipeError
 
 
 def test_names_of_parts_tell_whose_they_are(tmp_path):

@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.preflight import PreflightError
+from itemizedclip.data.workers import LOADER_TIMEOUT_S, delivered
 from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
 from itemizedclip.runtime.flags import at_least, loader_processes, read_flags
 from itemizedclip.runtime.logs import logging_to_console, progress_bar
+from itemizedclip.runtime.processes import shield_loader_worker
 from itemizedclip_radiology.benchmarks.chest_ct import rad_chestct_id
 from itemizedclip_radiology.data.chest import ChestInput, ChestSettings, read_hu
 from itemizedclip_radiology.data.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, parse_volume_name
@@ -112,10 +114,17 @@ def build_cache(options: WarmCacheOptions) -> int:
     assert cache is not None
     started = perf_counter()
     volumes = _Volumes(root, names, cache, chest)
-    loader = DataLoader(volumes, batch_size=None, num_workers=loader_processes(options.workers))
+    workers = loader_processes(options.workers)
+    loader = DataLoader(
+        volumes,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=shield_loader_worker,
+        timeout=LOADER_TIMEOUT_S if workers else 0,
+    )
     reasons = []
     with progress_bar("Building the cache", enabled=True) as advance:
-        for done, reason in enumerate(loader, start=1):
+        for done, reason in enumerate(delivered(loader), start=1):
             if reason:
                 reasons.append(reason)
                 logger.warning(reason)
