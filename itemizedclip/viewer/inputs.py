@@ -31,6 +31,9 @@ READERS: Registry[Callable[[Path, LoadedModel, SeriesChoice], ModelInput]] = Reg
 )
 """Value of `vision_cfg.tower` → function (path, loaded, choice of series) → ModelInput."""
 
+BodyPart = Literal["", "head", "chest"]
+"""What a volume shows, as far as its reader knows; decides which windows a viewer offers."""
+
 Unit = Literal["rgb", "grey", "hu"]
 """What the values of a view are: colours, grey values 0 … 255, or Hounsfield units."""
 
@@ -82,6 +85,9 @@ class InputView:
             same.
         file_grid: how the voxels lie in the file. None for a picture. Of a file that says nothing about the world (its
             `affine` is None) the order and orientation that its format is made with, about the world's origin.
+        body: what it shows.
+
+    Views of one series in several windows share one `values` array: viewers show them as one series.
     """
 
     name: str
@@ -93,6 +99,7 @@ class InputView:
     window_hu: tuple[float, float] | None = None
     file_grid: FileGrid | None = None
     original: np.ndarray | None = None
+    body: BodyPart = ""
 
 
 @dataclass(frozen=True)

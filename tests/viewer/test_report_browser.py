@@ -7,13 +7,14 @@ import io
 import re
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from matplotlib import colormaps
 from PIL import Image
-from report_cases import AXIAL, PROVENANCE, photograph, planted_maps, scan, study
+from report_cases import AXIAL, PROVENANCE, head_ct, photograph, planted_maps, scan, study
 
 from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import MIN_SCALE_TOP
@@ -380,6 +381,61 @@ def test_windows_of_hounsfield_units(show):
     set_field(page, "level", 100)
     set_field(page, "width", 1000)
     assert agreement(-400, 600) > 0.9
+
+
+def test_windows_of_one_series_are_one_tab_with_an_attention_each(show):
+    explanation = head_ct()
+    page = show(explanation)
+    shares = explanation.share_of_views()[0]
+    assert [name.text for name in page.find_all("#tabs .name")] == ["HEAD_AX", "AX_T2_FLAIR"]
+    # The first item peaks in the bone window.
+    assert page.text("#seen-chips [aria-pressed=true]").startswith("Bone ")
+    assert page.text("#level-value") == "600 HU"
+    assert page.find_all("#tabs .share")[0].text == f"{100 * float(shares[:3].sum()):.0f} %"
+    assert [button.text.split(" ", 1)[1] for button in page.find_all("#seen-chips button")] == [
+        f"{100 * float(share):.0f} %" for share in shares[:3]
+    ]
+    presets = {button.text: button for button in page.find_all("#presets button")}
+    assert list(presets) == ["As the model", "Brain", "Subdural", "Stroke", "Bone", "Blood", "Full range"]
+    coloured = (np.abs(pixels(page) - without_attention(page)).max(-1) > 40).sum()
+    assert coloured > 100
+    # A window the model did not see keeps the attention, one that it saw brings its own.
+    presets["Stroke"].click()
+    page.settle()
+    assert page.text("#level-value") == "40 HU"
+    assert page.text("#width-value") == "40 HU"
+    assert page.text("#seen-chips [aria-pressed=true]").startswith("Bone ")
+    assert (np.abs(pixels(page) - without_attention(page)).max(-1) > 40).sum() > 100
+    page.find_all("#presets button")[1].click()
+    page.settle()
+    assert page.text("#seen-chips [aria-pressed=true]").startswith("Brain ")
+    assert (np.abs(pixels(page) - without_attention(page)).max(-1) > 40).sum() == 0
+    page.find_all("#seen-chips button")[0].click()
+    page.settle()
+    assert (page.text("#level-value"), page.text("#width-value")) == ("80 HU", "200 HU")
+    page.find_all("#tabs button")[1].click()
+    page.settle()
+    assert not page.find("#seen").is_displayed()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_tabs_show_what_tells_long_names_apart(show, width):
+    explanation = study()
+    stem = "AX_DWI_EPI_TRACE_WEIGHTED_3_SCAN_TRACE_RESOLVE_FS_SMS2_ISO_b"
+    for number, view in enumerate(explanation.source.views):
+        explanation.source.views[number] = replace(view, name=f"{stem}{number}")
+    page = show(explanation, width=width, height=800)
+    assert (
+        page.run(
+            "return [...document.querySelectorAll('#tabs button, #tabs .name')].filter("
+            "e => e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1 && e.className !== 'name')"
+            ".map(e => e.outerHTML)"
+        )
+        == []
+    )
+    assert [tab.get_attribute("textContent") for tab in page.find_all("#tabs .name")] == [
+        f"{stem}{number}" for number in range(3)
+    ]
 
 
 # --- two items --------------------------------------------------------------------------------------------------------

@@ -6,12 +6,16 @@ const [S, ...TOKENS] = report.grid;
 const COLOUR_TABLE = bytesOfBase64(report.colours);
 const PAGE_STEP = 5;
 
-/** Window presets of Hounsfield units: name, width, level. */
-const HU_PRESETS = [
-  ["Lung", 1500, -600], ["Mediastinum", 400, 40], ["Bone", 1800, 400], ["Brain", 80, 40], ["Blood", 200, 75],
+/** Window presets of Hounsfield units by what is shown: name, width, level. */
+const HEAD_PRESETS = [
+  ["Brain", 80, 40], ["Subdural", 215, 75], ["Stroke", 40, 40], ["Bone", 2800, 600], ["Blood", 200, 80],
 ];
+const CHEST_PRESETS = [["Lung", 1500, -600], ["Mediastinum", 400, 40], ["Bone", 1800, 400]];
+const HU_PRESETS = { head: HEAD_PRESETS, chest: CHEST_PRESETS, "": [...CHEST_PRESETS, ...HEAD_PRESETS.filter(([name]) => name !== "Bone")] };
+const AS_THE_MODEL = "As the model";
 
 const views = report.views.map((info, number) => new View(info, number));
+const seriesList = report.series; // name, numbers of its views, labels of its windows
 const items = [];
 const state = {
   view: 0, normal: 0, place: [0.5, 0.5, 0.5], // place: shares of the axes, the same in every series
@@ -24,6 +28,13 @@ const scratch = newCanvas(1, 1), sliceCanvas = newCanvas(1, 1);
 // --- what the state means ---------------------------------------------------------------------------------------
 
 const currentView = () => views[state.view];
+const seriesOf = (number) => seriesList.findIndex((series) => series.views.includes(number));
+const labelOf = (number) => {
+  const series = seriesList[seriesOf(number)];
+  return series.labels[series.views.indexOf(number)];
+};
+/** Name of a view for people: its series and, where there are several, its window. */
+const nameOf = (number) => seriesList[seriesOf(number)].name + (labelOf(number) ? `, ${labelOf(number)} window` : "");
 const currentPlane = () => new Plane(currentView(), state.normal, TOKENS);
 const sliceOf = (plane) => Math.min(plane.count - 1, Math.floor(state.place[plane.normal] * plane.count));
 const windowKey = (view) => (view.unit === "hu" ? "hu" : view.number);
@@ -36,8 +47,8 @@ function presetsOf(view) {
   const { min, max, low, high } = view.range;
   const full = ["Full range", min, max];
   if (view.unit !== "hu") return [["Auto", low, high], full];
-  const seen = view.window ? [["As the model", ...view.window]] : [];
-  return [...seen, ...HU_PRESETS.map(([name, width, level]) => [name, level - width / 2, level + width / 2]), full];
+  const seen = view.window ? [[AS_THE_MODEL, ...view.window]] : [];
+  return [...seen, ...HU_PRESETS[view.body].map(([name, width, level]) => [name, level - width / 2, level + width / 2]), full];
 }
 
 function windowOf(view) {
@@ -47,7 +58,9 @@ function windowOf(view) {
     const [preset, low, high] = presetsOf(view)[0];
     state.windows.set(key, { preset, low, high });
   }
-  return state.windows.get(key);
+  const window = state.windows.get(key);
+  // Each view has a model's window of its own.
+  return window.preset === AS_THE_MODEL && view.window ? { ...window, low: view.window[0], high: view.window[1] } : window;
 }
 
 /** Top of the colour scale of an item. */
@@ -119,14 +132,14 @@ function arrangeItems() {
 
 function drawItem(item) {
   const { shares, nowhere, peak, peakView } = item.attention(state.head);
-  const where = S > 1 ? [" in ", element("b", {}, views[peakView].name)] : [];
+  const where = S > 1 ? [" in ", element("b", {}, nameOf(peakView))] : [];
   item.numbers.replaceChildren(
     element("span", {}, `peak ${times(peak)}`, ...where), " ", element("span", {}, `nowhere ${percent(nowhere)}`),
   );
   item.strip.hidden = S < 2;
   item.strip.replaceChildren(
     ...shares.map((share, s) => {
-      const part = element("i", { className: s === state.view ? "part here" : "part", title: `${views[s].name} ${percent(share)}` });
+      const part = element("i", { className: s === state.view ? "part here" : "part", title: `${nameOf(s)} ${percent(share)}` });
       part.style.flexGrow = share;
       return part;
     }),
@@ -185,45 +198,92 @@ async function showView(number) {
 
 function buildTabs() {
   const tabs = $("tabs");
-  tabs.hidden = views.length < 2;
+  tabs.hidden = seriesList.length < 2;
   tabs.replaceChildren(
-    ...views.map((view, s) => {
+    ...seriesList.map((series, s) => {
       const meter = element("span", { className: "meter", "aria-hidden": "true" }, element("i"), element("i"));
       const tab = element("button", { type: "button", role: "tab", id: `tab-${s}`, "aria-controls": "series-panel" },
-        element("span", { className: "name" }, view.name), element("span", { className: "share" }), meter);
-      tab.addEventListener("click", () => showView(s));
+        element("span", { className: "name" }, ...breakable(series.name)), element("span", { className: "share" }), meter);
+      tab.addEventListener("click", () => showSeries(s));
       return tab;
     }),
   );
-  if (views.length > 1) $("series-panel").setAttribute("role", "tabpanel");
+  if (seriesList.length > 1) $("series-panel").setAttribute("role", "tabpanel");
   tabs.addEventListener("keydown", (event) => {
-    const steps = { ArrowLeft: state.view - 1, ArrowRight: state.view + 1, Home: 0, End: views.length - 1 };
+    const current = seriesOf(state.view), last = seriesList.length - 1;
+    const steps = { ArrowLeft: current - 1, ArrowRight: current + 1, Home: 0, End: last };
     if (!(event.key in steps)) return;
     event.preventDefault();
-    const next = (steps[event.key] + views.length) % views.length;
+    const next = (steps[event.key] + last + 1) % (last + 1);
     tabs.children[next].focus();
-    showView(next);
+    showSeries(next);
   });
+}
+
+/** A name that may be wrapped behind its underscores: nothing of it is cut. */
+function breakable(name) {
+  return name.split(/(?<=_)/).flatMap((part, k) => (k ? [document.createElement("wbr"), part] : [part]));
+}
+
+/** Of several windows of a series the one that the chosen item looks at most. */
+function showSeries(s) {
+  const { views: numbers } = seriesList[s], shares = state.chosen[0]?.attention(state.head).shares;
+  if (numbers.includes(state.view)) return;
+  showView(shares ? numbers.reduce((best, number) => (shares[number] > shares[best] ? number : best)) : numbers[0]);
+}
+
+/** The model's windows of the current series: each has an attention of its own. */
+function buildSeen() {
+  const { views: numbers, labels } = seriesList[seriesOf(state.view)];
+  $("seen").hidden = numbers.length < 2;
+  $("seen-chips").replaceChildren(...numbers.map((number, k) => {
+    const button = chip(labels[k], () => {
+      setWindow({ preset: AS_THE_MODEL, low: views[number].window[0], high: views[number].window[1] });
+      showView(number);
+    });
+    button.append(" ", element("span", { className: "dim" }));
+    button.dataset.view = number;
+    return button;
+  }));
+}
+
+function drawSeen(shown) {
+  for (const button of $("seen-chips").children) {
+    const number = Number(button.dataset.view);
+    button.setAttribute("aria-pressed", String(number === state.view));
+    button.lastChild.textContent = shown.map((shares) => percent(shares[number])).join(" | ");
+  }
+}
+
+/** A window that the model saw too brings the attention of that window. */
+function choosePreset(preset, low, high) {
+  setWindow({ preset, low, high });
+  const { views: numbers } = seriesList[seriesOf(state.view)];
+  const same = numbers.find((number) => views[number].window?.[0] === low && views[number].window?.[1] === high);
+  if (same !== undefined && same !== state.view) showView(same);
 }
 
 function drawTabs() {
   const shown = state.chosen.filter(Boolean).map((item) => item.attention(state.head).shares);
+  const current = seriesOf(state.view);
+  const shareOf = (shares, s) => seriesList[s].views.reduce((sum, number) => sum + shares[number], 0);
+  drawSeen(shown);
   [...$("tabs").children].forEach((tab, s) => {
-    const isCurrent = s === state.view;
+    const isCurrent = s === current;
     tab.setAttribute("aria-selected", String(isCurrent));
     tab.tabIndex = isCurrent ? 0 : -1;
-    tab.querySelector(".share").textContent = shown.map((shares) => percent(shares[s])).join(" | ");
+    tab.querySelector(".share").textContent = shown.map((shares) => percent(shareOf(shares, s))).join(" | ");
     tab.querySelectorAll(".meter i").forEach((bar, k) => {
       bar.hidden = !shown[k];
-      bar.style.width = shown[k] ? `${100 * shown[k][s]}%` : "0";
+      bar.style.width = shown[k] ? `${100 * shareOf(shown[k], s)}%` : "0";
     });
   });
-  if (views.length > 1) $("series-panel").setAttribute("aria-labelledby", `tab-${state.view}`);
+  if (seriesList.length > 1) $("series-panel").setAttribute("aria-labelledby", `tab-${current}`);
 }
 
 /** Where the tabs are one row to be pushed sideways, the current one comes into sight. */
 function centreTab() {
-  const tabs = $("tabs"), tab = tabs.children[state.view];
+  const tabs = $("tabs"), tab = tabs.children[seriesOf(state.view)];
   tabs.scrollLeft = tab.offsetLeft - tabs.offsetLeft - (tabs.clientWidth - tab.offsetWidth) / 2;
 }
 
@@ -237,6 +297,7 @@ function chip(text, act) {
 function buildTools() {
   const view = currentView();
   $("grey-field").hidden = isVolume(view);
+  buildSeen();
   $("tools").hidden = $("presets").hidden = $("planes").hidden = $("window").hidden = !isVolume(view);
   if (!isVolume(view)) return;
   $("planes").replaceChildren(
@@ -246,7 +307,7 @@ function buildTools() {
     })),
   );
   $("presets").replaceChildren(
-    ...presetsOf(view).map(([preset, low, high]) => chip(preset, () => setWindow({ preset, low, high }))),
+    ...presetsOf(view).map(([preset, low, high]) => chip(preset, () => choosePreset(preset, low, high))),
   );
 }
 
@@ -432,7 +493,7 @@ function drawPane(pane, plane, slice) {
   paintMarks(context, plane, slice, state.isShown ? attention : null);
   pane.letters.forEach((letter, side) => (letter.textContent = plane.letters?.[side] ?? ""));
   const where = plane.count > 1 ? `, ${plane.name} ${slice + 1} of ${plane.count}` : "";
-  canvas.setAttribute("aria-label", `${plane.view.name}${where}${item ? `; attention of: ${item.text}` : ""}`);
+  canvas.setAttribute("aria-label", `${nameOf(plane.view.number)}${where}${item ? `; attention of: ${item.text}` : ""}`);
   pane.peak.hidden = !item || (plane.count < 2 && S < 2);
   pane.title.replaceChildren();
   if (state.chosen[1]) pane.title.append(element("b", { className: `badge ${"ab"[pane.k]}` }, "AB"[pane.k]), " ");

@@ -39,10 +39,21 @@ function blockText(id) {
   return document.getElementById(id).textContent;
 }
 
-/** One picture or series: its values are unpacked when it is first shown. */
+const unpackedBlocks = new Map(); // windows of one series share their voxels
+
+/** The values of a block with their range, unpacked once. */
+function unpackedBlock(values) {
+  if (!unpackedBlocks.has(values.block)) {
+    const unpacking = unpackArray({ ...values, data: blockText(values.block) });
+    unpackedBlocks.set(values.block, unpacking.then((array) => ({ array, range: rangeOf(array) })));
+  }
+  return unpackedBlocks.get(values.block);
+}
+
+/** One picture or series, or one window of it: its values are unpacked when it is first shown. */
 class View {
   constructor(info, number) {
-    Object.assign(this, info); // name unit size spacing toward window scale offset viewSize values
+    Object.assign(this, info); // name unit size spacing toward window scale offset viewSize values body
     this.number = number;
     this.ready = null;
     this.isReady = false;
@@ -54,15 +65,13 @@ class View {
   }
 
   async #load() {
-    const data = blockText(this.values.block);
     if (this.unit === "rgb") {
-      const picture = new Blob([bytesOfBase64(data)], { type: this.values.type });
+      const picture = new Blob([bytesOfBase64(blockText(this.values.block))], { type: this.values.type });
       const bitmap = await createImageBitmap(picture, { colorSpaceConversion: "none" });
       this.canvas = newCanvas(this.size[2], this.size[1]);
       this.canvas.getContext("2d", { willReadFrequently: true }).drawImage(bitmap, 0, 0);
     } else {
-      this.array = await unpackArray({ ...this.values, data });
-      this.range = rangeOf(this.array);
+      Object.assign(this, await unpackedBlock(this.values));
     }
     this.isReady = true;
   }

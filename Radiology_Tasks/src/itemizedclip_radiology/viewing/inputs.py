@@ -505,6 +505,7 @@ def _brain_series(
         window_hu=None if window is None else (window.hu_min, window.hu_max),
         file_grid=turned.file_grid,
         original=original,
+        body="head",
     )
     return _Series(normalise_grey(volume, "0-1")[None], view)
 
@@ -628,6 +629,7 @@ def _chest_series(name: str, source: Path, hu: Tensor, options: ChestInput, rema
         "hu",
         geometry,
         window_hu=(options.window.hu_min, options.window.hu_max),
+        body="chest",
         **where,
     )
     return _Series(windowed.sub_(GREY_MEAN).div_(GREY_STD)[None], view)
