@@ -17,7 +17,7 @@ from PIL import Image
 from report_cases import AXIAL, PROVENANCE, head_ct, photograph, planted_maps, scan, study
 
 from itemizedclip.viewer.explanation import Explanation
-from itemizedclip.viewer.figures import MIN_SCALE_TOP
+from itemizedclip.viewer.figures import LEAST_PEAK, MIN_SCALE_TOP
 from itemizedclip.viewer.geometry import map_to_input
 from itemizedclip.viewer.inputs import InputView, ModelInput
 from itemizedclip.viewer.page.html import described_items, report_html
@@ -436,6 +436,30 @@ def test_tabs_show_what_tells_long_names_apart(show, width):
     assert [tab.get_attribute("textContent") for tab in page.find_all("#tabs .name")] == [
         f"{stem}{number}" for number in range(3)
     ]
+
+
+def test_a_nearly_even_map_says_so_instead_of_colours(show):
+    explanation = study(affine=AXIAL)
+    even, total = explanation.maps.head_weights[1], explanation.maps.head_weights[1, 0].numel()
+    even[:] = 0.8 / total
+    even[:, 2, 1, 1, 3] *= 2.4  # 1.92× an even spread, below the bound
+    assert 1.9 < float(explanation.maps.peaks[1]) < LEAST_PEAK
+    page = show(explanation)
+    assert page.text("#slice-note") == "slice of the peak"
+    assert len(page.find_all("#profile .peak")) == 1
+    assert "no localisation" not in page.find_all(".item")[0].text
+    press(page, Keys.END)
+    assert page.text("#slice-note") == ""
+    page.find_all(".item label")[1].click()
+    page.settle()
+    assert "no localisation" in page.find_all(".item")[1].text
+    assert page.text(".even-note").startswith("No localisation")
+    assert page.find_all("#profile .peak") == []
+    set_field(page, "threshold", 0)
+    np.testing.assert_array_equal(pixels(page), without_attention(page))
+    page.find("#even").click()
+    assert (pixels(page) != without_attention(page)).mean() > 0.9
+    assert "A score is no probability" in page.text(".items")
 
 
 # --- two items --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ const items = [];
 const state = {
   view: 0, normal: 0, place: [0.5, 0.5, 0.5], // place: shares of the axes, the same in every series
   chosen: [null, null], // item of each pane; the second is null unless two are compared
-  head: -1, isSmooth: true, isShown: true, isGrey: true, isOwnScale: false, opacity: 0.75, threshold: 1,
+  head: -1, isSmooth: true, isShown: true, isGrey: true, isEvenShown: false, isOwnScale: false, opacity: 0.75, threshold: 1,
   windows: new Map(), // view number, or "hu" for all of them → { low, high, preset }
 };
 const scratch = newCanvas(1, 1), sliceCanvas = newCanvas(1, 1);
@@ -62,6 +62,11 @@ function windowOf(view) {
   // Each view has a model's window of its own.
   return window.preset === AS_THE_MODEL && view.window ? { ...window, low: view.window[0], high: view.window[1] } : window;
 }
+
+/** Whether the attention of an item has a peak, not merely a largest of nearly equal values. */
+const isLocalised = (attention) => attention.peak >= report.leastPeak;
+/** Attention that is drawn: all, or only what points somewhere. */
+const isDrawn = (attention) => state.isShown && (state.isEvenShown || isLocalised(attention));
 
 /** Top of the colour scale of an item. */
 function scaleTop(item) {
@@ -132,9 +137,11 @@ function arrangeItems() {
 
 function drawItem(item) {
   const { shares, nowhere, peak, peakView } = item.attention(state.head);
-  const where = S > 1 ? [" in ", element("b", {}, nameOf(peakView))] : [];
+  const isFound = isLocalised({ peak });
+  const where = S > 1 && isFound ? [" in ", element("b", {}, nameOf(peakView))] : [];
+  const none = isFound ? [] : [element("b", { className: "even", title: `no patch has ${times(report.leastPeak)} an even spread` }, "no localisation"), " "];
   item.numbers.replaceChildren(
-    element("span", {}, `peak ${times(peak)}`, ...where), " ", element("span", {}, `nowhere ${percent(nowhere)}`),
+    ...none, element("span", {}, `peak ${times(peak)}`, ...where), " ", element("span", {}, `nowhere ${percent(nowhere)}`),
   );
   item.strip.hidden = S < 2;
   item.strip.replaceChildren(
@@ -349,7 +356,10 @@ function drawSlices(plane, slice) {
   if (!isStack) return;
   Object.assign($("slice"), { max: plane.count - 1, value: slice });
   $("slice-label").textContent = `${plane.name} ${slice + 1} / ${plane.count}`;
-  $("slice").setAttribute("aria-valuetext", `${slice + 1} of ${plane.count}`);
+  const peaks = peakSlices(plane);
+  const isPeak = peaks.some(([first, last]) => first <= slice && slice <= last);
+  $("slice-note").textContent = isPeak ? "slice of the peak" : "";
+  $("slice").setAttribute("aria-valuetext", `${slice + 1} of ${plane.count}${isPeak ? ", slice of the peak" : ""}`);
   const bars = [], shown = state.chosen.filter(Boolean);
   shown.forEach((item, k) => {
     const layers = plane.profile(item.attention(state.head).map);
@@ -363,7 +373,26 @@ function drawSlices(plane, slice) {
       bars.push(bar);
     }
   });
+  peaks.forEach(([first, last, name]) => {
+    const middle = (100 * (first + last)) / 2 / (plane.count - 1);
+    const mark = document.createElementNS("http://www.w3.org/2000/svg", "line");
+    const facts = { x1: middle, x2: middle, y1: 0, y2: 100, class: `peak ${name}`, "vector-effect": "non-scaling-stroke" };
+    for (const [key, value] of Object.entries(facts)) mark.setAttribute(key, value);
+    bars.push(mark);
+  });
   $("profile").replaceChildren(...bars);
+}
+
+/** First and last slice of the peak of every item on show that peaks in this view, with the name of its pane. */
+function peakSlices(plane) {
+  return state.chosen.flatMap((item, k) => {
+    const attention = item?.attention(state.head);
+    if (!item || attention.peakView !== plane.view.number || !isLocalised(attention)) return [];
+    const [from, to] = plane.cellEdges(plane.normal, attention.peakCell[plane.normal]);
+    // Slices whose middle lies within the patch, as cellOf has it.
+    const first = Math.max(0, Math.ceil(from - 0.5)), last = Math.min(plane.count - 1, Math.ceil(to - 0.5) - 1);
+    return first <= last ? [[first, last, "ab"[k]]] : [];
+  });
 }
 
 // --- panes --------------------------------------------------------------------------------------------------------
@@ -383,12 +412,13 @@ function buildPanes() {
 function buildPane(k) {
   const canvas = element("canvas", { role: "img" });
   const letters = ["left", "right", "top", "bottom"].map((side) => element("span", { className: `letter ${side}`, "aria-hidden": "true" }));
-  const well = element("div", { className: "well", tabIndex: 0, role: "group" }, canvas, ...letters);
+  const even = element("p", { className: "even-note", role: "status", hidden: true });
+  const well = element("div", { className: "well", tabIndex: 0, role: "group" }, canvas, ...letters, even);
   well.setAttribute("aria-label", "Image: arrow keys change the slice, P goes to the peak, O hides the attention");
   const title = element("p", { className: "title" });
   const peak = element("button", { type: "button", className: "quiet" }, "Go to peak");
   peak.addEventListener("click", () => goToPeak(state.chosen[k]));
-  const pane = { k, canvas, well, letters, title, peak, box: element("figure", { className: "pane" }, element("figcaption", {}, title, peak), well) };
+  const pane = { k, canvas, well, letters, even, title, peak, box: element("figure", { className: "pane" }, element("figcaption", {}, title, peak), well) };
   listenTo(pane);
   return pane;
 }
@@ -484,13 +514,16 @@ function drawPane(pane, plane, slice) {
   context.resetTransform();
   if (state.isGrey && state.isShown && item && !isVolume(plane.view)) paintGrey(context);
   const attention = item?.attention(state.head);
-  const tokens = item && state.isShown ? plane.tokenSlice(attention.map, slice, state.isSmooth) : null;
+  const tokens = item && isDrawn(attention) ? plane.tokenSlice(attention.map, slice, state.isSmooth) : null;
   if (tokens) {
     const top = scaleTop(item);
     const colours = overlayColours(COLOUR_TABLE, { top, threshold: state.threshold, opacity: state.opacity });
     paintTokens(context, scratch, plane, tokens, colours, top, state.isSmooth);
   }
-  paintMarks(context, plane, slice, state.isShown ? attention : null);
+  paintMarks(context, plane, slice, item && state.isShown && isLocalised(attention) ? attention : null);
+  pane.even.hidden = !item || !state.isShown || isLocalised(attention);
+  pane.even.textContent = `No localisation: no patch has ${times(report.leastPeak)} an even spread`;
+  pane.peak.disabled = Boolean(item) && !isLocalised(attention);
   pane.letters.forEach((letter, side) => (letter.textContent = plane.letters?.[side] ?? ""));
   const where = plane.count > 1 ? `, ${plane.name} ${slice + 1} of ${plane.count}` : "";
   canvas.setAttribute("aria-label", `${nameOf(plane.view.number)}${where}${item ? `; attention of: ${item.text}` : ""}`);
@@ -551,6 +584,7 @@ function listenToControls() {
   on("scale", "change", (field) => (state.isOwnScale = field.value === "own"));
   on("upsampling", "change", (field) => (state.isSmooth = field.value === "smooth"));
   on("show", "change", (field) => (state.isShown = field.checked));
+  on("even", "change", (field) => (state.isEvenShown = field.checked));
   on("grey", "change", (field) => (state.isGrey = field.checked));
   on("order", "change", arrangeItems);
   on("slice", "input", (field) => setSlice(Number(field.value)));

@@ -28,7 +28,7 @@ from PIL import Image
 
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.viewer.explanation import Explanation
-from itemizedclip.viewer.figures import COLOUR_MAP, MIN_SCALE_TOP
+from itemizedclip.viewer.figures import COLOUR_MAP, LEAST_PEAK, MIN_SCALE_TOP
 from itemizedclip.viewer.inputs import InputView
 
 SCRIPTS = ("data.js", "planes.js", "paint.js", "app.js")
@@ -99,6 +99,7 @@ def report_html(
         "numHeads": explanation.maps.head_nowhere.shape[1],
         "colours": _colour_table(),
         "scaleFloor": MIN_SCALE_TOP,
+        "leastPeak": LEAST_PEAK,
         "views": views,
         "series": [{"name": one.name, "views": list(one.views), "labels": list(one.labels)} for one in series],
         "facts": [
