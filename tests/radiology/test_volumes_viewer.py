@@ -500,6 +500,32 @@ def test_dicom_chest(tmp_path, codes, tilt):
     torch.testing.assert_close(opened.image, nifti.image, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("codes", ["LPS", "RAI", "PIR"])
+@pytest.mark.parametrize("tilt", [0, 12])
+def test_slices_are_labelled_with_their_images_and_places(tmp_path, codes, tilt):
+    shape, spacing = (104, 100, 30), (1.0, 1.0, 3.3)
+    affine = affine_of(codes, spacing, shape, tilt)
+    write_dicom(tmp_path, chest_phantom(world_of(shape, affine), SPOT), affine, number=2, drop=(7,))
+    view = open_input(tmp_path, CHEST).views[0]
+    assert view.frame == "1.2.4"
+    labels = view.slice_labels
+    assert len(labels.texts) == view.values.shape[labels.axis] == 30
+    assert labels.texts.count("") == 1
+    for n, text in enumerate(labels.texts):
+        if not text:
+            continue
+        series, image, place = text.split(" · ")
+        k = int(image.removeprefix("image ")) - 1
+        assert (series, k != 7) == ("series 2", True)
+        # The first pixel of the image, in the view's own voxels.
+        voxel = np.linalg.inv(view.affine) @ affine @ [0, 0, k, 1]
+        assert voxel[labels.axis] == pytest.approx(n, abs=0.05)
+        side, mm, _ = place.split(" ")
+        world = (affine @ [0, 0, k, 1])[["LR", "PA", "IS"].index(next(p for p in ("LR", "PA", "IS") if side in p))]
+        assert float(mm) == pytest.approx(abs(world), abs=0.06)
+        assert (side in "RAS") == (world > 0) or abs(world) < 0.06
+
+
 def test_dicom_study_of_several_mri_series(tmp_path):
     for number, (name, codes) in enumerate((("T2 FLAIR", "LPS"), ("t1_sag", "PIL"))):
         shape = (60, 56, 12)

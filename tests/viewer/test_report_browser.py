@@ -18,8 +18,8 @@ from report_cases import AXIAL, PROVENANCE, head_ct, photograph, planted_maps, s
 
 from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import LEAST_PEAK, MIN_SCALE_TOP
-from itemizedclip.viewer.geometry import map_to_input
-from itemizedclip.viewer.inputs import InputView, ModelInput
+from itemizedclip.viewer.geometry import Geometry, map_to_input
+from itemizedclip.viewer.inputs import InputView, ModelInput, SliceLabels
 from itemizedclip.viewer.page.html import described_items, report_html
 from itemizedclip.viewer.page.serve import ASK_PATH, ReportServer
 
@@ -460,6 +460,44 @@ def test_a_nearly_even_map_says_so_instead_of_colours(show):
     page.find("#even").click()
     assert (pixels(page) != without_attention(page)).mean() > 0.9
     assert "A score is no probability" in page.text(".items")
+
+
+def test_places_in_mm_and_the_same_place_in_another_series(show):
+    explanation = head_ct(spots=((1, 1, 3, 0),))
+    views = explanation.source.views
+    labels = SliceLabels(0, tuple(f"series 4 · image {n + 1} · S {3.0 * n:.1f} mm" for n in range(12)))
+    for number in range(3):
+        views[number] = replace(views[number], frame="1.2", slice_labels=labels)
+    # The MRI of the same frame has half as many slices of twice the thickness, from 6 mm higher up.
+    thick = views[3].affine.copy()
+    thick[2] = [6.0, 0, 0, 7.5]
+    values = np.full((6, 40, 40), 90, dtype=np.uint8)
+    views[3] = replace(views[3], values=values, geometry=Geometry.of_input(values.shape), affine=thick, frame="1.2",
+                       spacing_mm=(6.0, 0.8, 0.8))  # fmt: skip
+    page = show(explanation)
+    assert slice_of(page) == (5, 12)
+    assert page.text("#slice-note") == "slice of the peak · series 4 · image 5 · S 12.0 mm"
+    text = hover(page, 0.5, 0.5)
+    row, column = (int(re.search(rf"{word} (\d+)", text)[1]) - 1 for word in ("row", "column"))
+    world = views[0].affine @ [4, row, column, 1]
+    assert f"L {-world[0]:.1f} P {-world[1]:.1f} S {world[2]:.1f} mm" in text
+    assert "image 5" in text
+    # 12 mm is nearest the slice at 13.5 mm (10.5 … 16.5), the second.
+    page.find_all("#tabs button")[1].click()
+    page.settle()
+    assert slice_of(page) == (2, 6)
+    page.find_all("#tabs button")[0].click()
+    page.settle()
+    assert slice_of(page) == (5, 12)
+    press(page, Keys.HOME)
+    page.find_all("#tabs button")[1].click()
+    page.settle()
+    assert slice_of(page) == (1, 6)
+    assert "does not reach" in page.text("#readout")
+    # 32 mm across: a third of that is at most 1 cm.
+    assert page.text(".scale") == "1 cm"
+    widths = page.find(".scale").rect["width"], page.find(".well canvas").rect["width"]
+    assert widths[0] / widths[1] == pytest.approx(10 / 32, abs=0.02)
 
 
 # --- two items --------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ async function goToPeak(item) {
   const { peakView, peakCell } = item.attention(state.head);
   const view = views[peakView], plane = new Plane(view, 0, TOKENS);
   state.place = peakCell.map((cell, axis) => (plane.voxelOf(axis, cell) + 0.5) / view.size[axis]);
-  await showView(peakView);
+  await showView(peakView, { keepsPlace: false });
   if (view.isReady && state.view === peakView) {
     const voxel = state.place.map((place, axis) => Math.floor(place * view.size[axis]));
     $("readout").textContent = `Middle of the peak's patch: ${describe(currentPlane(), voxel)}`;
@@ -186,7 +186,20 @@ async function goToPeak(item) {
 
 // --- series, planes, slices ---------------------------------------------------------------------------------------
 
-async function showView(number) {
+/**
+ * The place stays where it is in the body: at the same mm where both series are of one frame of reference, otherwise at
+ * the same share of every axis. False where the other series does not reach it.
+ */
+function carryPlace(from, to) {
+  if (from === to || !from.frame || from.frame !== to.frame || !from.affine || !to.affine) return true;
+  const world = from.worldOf(state.place.map((share, axis) => share * from.size[axis]));
+  const shares = to.placeOf(world).map((at, axis) => at / to.size[axis]);
+  state.place = shares.map((share) => Math.min(1 - 1e-6, Math.max(0, share)));
+  return shares.every((share) => share >= 0 && share <= 1);
+}
+
+async function showView(number, { keepsPlace = true } = {}) {
+  const isReached = !keepsPlace || carryPlace(views[state.view], views[number]);
   state.view = number;
   const view = views[number];
   if (!view.isReady) $("readout").textContent = `Unpacking ${view.name} …`;
@@ -199,7 +212,7 @@ async function showView(number) {
   buildPanes();
   buildTools();
   centreTab();
-  $("readout").textContent = "Point at the image to read values.";
+  $("readout").textContent = isReached ? "Point at the image to read values." : `${nameOf(number)} does not reach this place; its nearest slice is shown.`;
   redraw();
 }
 
@@ -358,7 +371,8 @@ function drawSlices(plane, slice) {
   $("slice-label").textContent = `${plane.name} ${slice + 1} / ${plane.count}`;
   const peaks = peakSlices(plane);
   const isPeak = peaks.some(([first, last]) => first <= slice && slice <= last);
-  $("slice-note").textContent = isPeak ? "slice of the peak" : "";
+  const label = plane.view.labels?.[0] === plane.normal ? plane.view.labels[1][slice] : "";
+  $("slice-note").textContent = [isPeak ? "slice of the peak" : "", label].filter(Boolean).join(" · ");
   $("slice").setAttribute("aria-valuetext", `${slice + 1} of ${plane.count}${isPeak ? ", slice of the peak" : ""}`);
   const bars = [], shown = state.chosen.filter(Boolean);
   shown.forEach((item, k) => {
@@ -412,13 +426,14 @@ function buildPanes() {
 function buildPane(k) {
   const canvas = element("canvas", { role: "img" });
   const letters = ["left", "right", "top", "bottom"].map((side) => element("span", { className: `letter ${side}`, "aria-hidden": "true" }));
+  const scale = element("span", { className: "scale", role: "img", "aria-label": "Scale bar", hidden: true });
   const even = element("p", { className: "even-note", role: "status", hidden: true });
-  const well = element("div", { className: "well", tabIndex: 0, role: "group" }, canvas, ...letters, even);
+  const well = element("div", { className: "well", tabIndex: 0, role: "group" }, canvas, ...letters, even, scale);
   well.setAttribute("aria-label", "Image: arrow keys change the slice, P goes to the peak, O hides the attention");
   const title = element("p", { className: "title" });
   const peak = element("button", { type: "button", className: "quiet" }, "Go to peak");
   peak.addEventListener("click", () => goToPeak(state.chosen[k]));
-  const pane = { k, canvas, well, letters, even, title, peak, box: element("figure", { className: "pane" }, element("figcaption", {}, title, peak), well) };
+  const pane = { k, canvas, well, letters, even, scale, title, peak, box: element("figure", { className: "pane" }, element("figcaption", {}, title, peak), well) };
   listenTo(pane);
   return pane;
 }
@@ -490,6 +505,9 @@ function describe(plane, voxel) {
   const parts = isVolume(view)
     ? [`slice ${d + 1}, row ${h + 1}, column ${w + 1}`, view.unit === "hu" ? `${decimal(value, 0)} HU` : `grey ${value}`]
     : [`row ${h + 1}, column ${w + 1}`, `RGB ${value.join(" ")}`];
+  const world = view.worldOf(voxel.map((n) => n + 0.5));
+  if (world) parts.push(`${world.map((mm, axis) => `${["LR", "PA", "IS"][axis][mm < 0 ? 0 : 1]} ${Math.abs(mm).toFixed(1)}`).join(" ")} mm`);
+  if (view.labels?.[1][voxel[view.labels[0]]]) parts.push(view.labels[1][voxel[view.labels[0]]]);
   state.chosen.forEach((item, k) => {
     if (!item) return;
     const attention = plane.attentionAt(item.attention(state.head).map, voxel);
@@ -497,6 +515,23 @@ function describe(plane, voxel) {
     parts.push(attention === null ? "not seen by the model" : `${who} ${attention.toFixed(2)}×`);
   });
   return parts.join(" · ");
+}
+
+const SCALE_BARS = [100, 50, 20, 10, 5, 2, 1]; // mm
+
+/** Longest round length that takes at most a third of the picture. */
+function scaleBar(plane, width) {
+  if (!plane.view.spacing) return null;
+  const perMm = width / plane.aspect[0], mm = SCALE_BARS.find((length) => length * perMm <= width / 3);
+  return mm ? { length: mm * perMm, text: mm < 10 ? `${mm} mm` : `${mm / 10} cm` } : null;
+}
+
+function drawScale(pane, plane, width) {
+  const bar = scaleBar(plane, width);
+  pane.scale.hidden = !bar;
+  if (!bar) return;
+  pane.scale.style.width = `${bar.length}px`;
+  pane.scale.textContent = bar.text;
 }
 
 function drawPane(pane, plane, slice) {
@@ -521,6 +556,7 @@ function drawPane(pane, plane, slice) {
     paintTokens(context, scratch, plane, tokens, colours, top, state.isSmooth);
   }
   paintMarks(context, plane, slice, item && state.isShown && isLocalised(attention) ? attention : null);
+  drawScale(pane, plane, size[0]);
   pane.even.hidden = !item || !state.isShown || isLocalised(attention);
   pane.even.textContent = `No localisation: no patch has ${times(report.leastPeak)} an even spread`;
   pane.peak.disabled = Boolean(item) && !isLocalised(attention);

@@ -53,10 +53,23 @@ function unpackedBlock(values) {
 /** One picture or series, or one window of it: its values are unpacked when it is first shown. */
 class View {
   constructor(info, number) {
-    Object.assign(this, info); // name unit size spacing toward window scale offset viewSize values body
+    Object.assign(this, info); // name unit size spacing toward window scale offset viewSize values body affine frame labels
     this.number = number;
     this.ready = null;
     this.isReady = false;
+  }
+
+  /** mm (right, front, head) of a place between voxel edges; null when the file does not say. */
+  worldOf(at) {
+    return this.affine?.map((row) => row[3] + row[0] * (at[0] - 0.5) + row[1] * (at[1] - 0.5) + row[2] * (at[2] - 0.5)) ?? null;
+  }
+
+  /** The place between voxel edges at some mm: Cramer's rule on the affine. */
+  placeOf(world) {
+    const m = this.affine, rest = world.map((x, row) => x - m[row][3]);
+    const det = (a, b, c) => a[0] * (b[1] * c[2] - b[2] * c[1]) - b[0] * (a[1] * c[2] - a[2] * c[1]) + c[0] * (a[1] * b[2] - a[2] * b[1]);
+    const columns = [0, 1, 2].map((axis) => m.map((row) => row[axis])), whole = det(...columns);
+    return [0, 1, 2].map((axis) => det(...columns.map((column, k) => (k === axis ? rest : column))) / whole + 0.5);
   }
 
   load() {

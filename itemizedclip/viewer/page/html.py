@@ -230,6 +230,9 @@ def _described_view(view: InputView) -> dict[str, Any]:
         "offset": [0.0] * lacking + list(geometry.offset),
         "viewSize": [1] * lacking + list(geometry.view_size),
         "body": view.body,
+        "affine": None if view.affine is None else [[float(x) for x in row] for row in view.affine[:3]],
+        "frame": view.frame,
+        "labels": None if view.slice_labels is None else [view.slice_labels.axis, list(view.slice_labels.texts)],
     }
 
 
