@@ -72,7 +72,7 @@ def scan(size=(12, 50, 60), view=(16, 48, 48), grid=(4, 4, 4), spots=((0, 1, 3, 
     return Explanation(source, [f"finding {k}" for k in range(len(spots))], planted_maps((1, *grid), spots))
 
 
-def head_ct(size=(12, 40, 40), grid=(4, 4, 4), spots=((1, 1, 3, 0), (3, 2, 1, 1)), affine=AXIAL):
+def head_ct(size=(12, 40, 40), grid=(4, 4, 4), spots=((1, 1, 3, 0), (3, 2, 1, 1)), affine=AXIAL, items=None):
     """A head CT, one array of HU in the model's three windows, and one MRI series."""
     generator = np.random.default_rng(1)
     hu = generator.integers(-1000, 1500, (size[0], size[1] // 5, size[2] // 5), dtype=np.int16)
@@ -86,4 +86,5 @@ def head_ct(size=(12, 40, 40), grid=(4, 4, 4), spots=((1, 1, 3, 0), (3, 2, 1, 1)
     other = np.full(size, 90, dtype=np.uint8)
     views.append(InputView("AX_T2_FLAIR", other, "grey", geometry, (3.0, 0.8, 0.8), affine, body="head"))
     source = ModelInput("HEAD", torch.zeros(len(views), 1, *size), views)
-    return Explanation(source, [f"finding {k}" for k in range(len(spots))], planted_maps((len(views), *grid), spots))
+    texts = items or [f"finding {k}" for k in range(len(spots))]
+    return Explanation(source, texts, planted_maps((len(views), *grid), spots))

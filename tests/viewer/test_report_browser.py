@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import re
 import threading
@@ -18,6 +19,7 @@ from report_cases import AXIAL, PROVENANCE, head_ct, photograph, planted_maps, s
 
 from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import LEAST_PEAK, MIN_SCALE_TOP
+from itemizedclip.viewer.files import describe
 from itemizedclip.viewer.geometry import Geometry, map_to_input
 from itemizedclip.viewer.inputs import InputView, ModelInput, SliceLabels
 from itemizedclip.viewer.page.html import described_items, report_html
@@ -500,6 +502,59 @@ def test_places_in_mm_and_the_same_place_in_another_series(show):
     assert widths[0] / widths[1] == pytest.approx(10 / 32, abs=0.02)
 
 
+def saved_by(page, selector):
+    """(name, bytes) of the file that a click on a button hands to the browser."""
+    page.run(
+        "window.saved = null; const make = URL.createObjectURL; URL.createObjectURL = (blob) => {"
+        "  const url = make(blob); URL.createObjectURL = make;"
+        "  const reader = new FileReader(); reader.onload = () => (window.saved = [name, reader.result]);"
+        "  let name; addEventListener('click', (event) => { name = event.target.download; event.preventDefault();"
+        "  reader.readAsDataURL(blob); }, { capture: true, once: true }); return url; }"
+    )
+    page.find(selector).click()
+    page.wait("window.saved")
+    name, data = page.run("return window.saved")
+    return name, base64.b64decode(data.split(",")[1])
+
+
+def test_table_of_findings(show):
+    explanation = head_ct(items=['=a "finding", and more', "even"])
+    explanation.maps.head_weights[1] = 0.8 / explanation.maps.head_weights[1, 0].numel()
+    page = show(explanation)
+    name, data = saved_by(page, "#save-table")
+    assert name == "HEAD.csv"
+    first, second = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
+    assert first["text"] == '\'=a "finding", and more'
+    assert float(first["tcsim"]) == pytest.approx(0.6, abs=1e-6)
+    assert float(second["tcsim"]) == pytest.approx(-0.1, abs=1e-6)
+    peak = describe(explanation)["items"][0]["peak"]
+    assert (first["peak_series"], first["peak_window"]) == ("HEAD_AX", "Bone")
+    assert [int(first[key]) - 1 for key in ("slice", "row", "column")] == peak["slice_row_column"]
+    written = [float(first[key]) for key in ("mm_right", "mm_front", "mm_head")]
+    np.testing.assert_allclose(written, peak["world_mm_ras"], atol=0.051)
+    assert [row["is_localised"] for row in (first, second)] == ["yes", "no"]
+    assert second["slice"] == second["peak_series"] == ""
+    shares = [float(value) for key, value in first.items() if key.startswith("share_")]
+    np.testing.assert_allclose(shares, explanation.share_of_views()[0], atol=1e-4)
+
+
+def test_picture_of_the_view(show, tmp_path):
+    page = show(study(affine=AXIAL))
+    page.find_all(".compare")[1].click()
+    shown = [pixels(page, k) for k in (0, 1)]
+    name, data = saved_by(page, "#save-picture")
+    assert name == "STUDY7.png"
+    (tmp_path / "saved.png").write_bytes(data)
+    saved = np.asarray(Image.open(tmp_path / "saved.png").convert("RGB")).astype(int)
+    height, width, _ = shown[0].shape
+    assert saved.shape[1] == 2 * width + 24
+    for k, picture in enumerate(shown):
+        found = saved[8 : 8 + height, 8 + k * (width + 8) : 8 + k * (width + 8) + width]
+        # Equal but for the letters and the scale bar, which are drawn over it.
+        assert 0.95 < (found == picture).all(-1).mean() < 1
+    assert (saved[height + 16 :].max(-1) > 150).sum() > 300  # the lines of text below
+
+
 # --- two items --------------------------------------------------------------------------------------------------------
 
 
@@ -617,7 +672,10 @@ def test_prints_the_picture_and_the_items_without_controls(show):
     page = show(study())
     page.emulate(scheme="dark", media="print")
     page.settle()
-    hidden = {s: page.find(s).is_displayed() for s in ("#opacity", "#theme", "#tools", "#slice", ".compare", "#level")}
+    hidden = {
+        s: page.find(s).is_displayed()
+        for s in ("#opacity", "#theme", "#tools", "#slice", ".compare", "#level", "#print")
+    }
     assert not any(hidden.values()), hidden
     for selector in (".well canvas", ".item .text", ".item .numbers", "#legend", ".provenance", ".tag"):
         assert page.find(selector).is_displayed(), selector

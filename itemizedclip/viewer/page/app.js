@@ -693,6 +693,7 @@ async function start() {
   showFacts();
   listenToControls();
   listenToQuestions();
+  listenToExports();
   buildTabs();
   addItems(await itemsOf({ items: report.items, maps: report.maps }, report.grid));
   if (items.length) {

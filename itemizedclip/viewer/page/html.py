@@ -31,7 +31,7 @@ from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import COLOUR_MAP, LEAST_PEAK, MIN_SCALE_TOP
 from itemizedclip.viewer.inputs import InputView
 
-SCRIPTS = ("data.js", "planes.js", "paint.js", "app.js")
+SCRIPTS = ("data.js", "planes.js", "paint.js", "export.js", "app.js")
 """Parts of the page's one script, in this order."""
 
 MOST_LOSSLESS_PIXELS = 4_000_000
