@@ -39,6 +39,10 @@ OVERLAY_OPACITY = 0.3, 0.8
 MIN_SCALE_TOP = 4.0
 """The colour scale reaches at least this far, so that a map that is nearly even does not look like a finding."""
 
+LEAST_PEAK = 2.0
+"""A map whose most attended patch has less than so many times an even share says nothing of a place: "no localisation"
+is written instead of colours."""
+
 MIN_DPI = 150.0
 MAX_PIXELS = 36_000_000
 """Attention figures show every pixel of the image while the whole figure has no more pixels than this."""
@@ -189,7 +193,7 @@ class Panel:
         mask: bool (H0, W0), outlined, or None.
         pixels: uint8 (H0, W0, 3); None shows the sheet's image.
         size: height and width in any unit, where pixels are not square.
-        marks: letters at the left and at the top edge, such as R and A.
+        marks: letters at the left, right, top and bottom edge, such as R L A P.
     """
 
     title: str
@@ -198,7 +202,7 @@ class Panel:
     mask: np.ndarray | None = None
     pixels: np.ndarray | None = None
     size: tuple[float, float] | None = None
-    marks: tuple[str, str] = ("", "")
+    marks: tuple[str, str, str, str] = ("", "", "", "")
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,11 @@ def nowhere_note(share: float) -> str:
     return f"nowhere {100 * share:.0f} %"
 
 
+def peak_note(peak: float) -> str:
+    """The peak, and that it is none where the map is nearly even."""
+    return f"peak {peak:.1f}×" + ("" if peak >= LEAST_PEAK else ", no localisation")
+
+
 def signed(score: float) -> str:
     return f"{score:.3f}".replace("-", "−")
 
@@ -249,7 +258,7 @@ def _score_note(score: float, nowhere: float | None, peak: float | None) -> str:
     if nowhere is not None:
         parts.append(nowhere_note(nowhere))
     if peak is not None:
-        parts.append(f"peak {peak:.1f}×")
+        parts.append(peak_note(peak))
     return " · ".join(parts)
 
 
@@ -379,6 +388,8 @@ def legend_of(panels: Sequence[Panel], more_notes: Sequence[str] = ()) -> str:
         sentences.append("Nowhere: share of the attention that rests on no patch.")
     if any("peak" in note for note in notes):
         sentences.append("Peak: the most attended patch.")
+    if any("no localisation" in note for note in notes):
+        sentences.append(f"No localisation: no patch has {LEAST_PEAK:g}× an even spread.")
     if not all(np.isfinite(values).all() for values in maps):
         sentences.append("Pale: outside the crop, never seen by the model.")
     if any(panel.mask is not None for panel in panels):
@@ -411,9 +422,13 @@ def _draw_panel(axes: Axes, pixels: np.ndarray, panel: Panel, scale: Normalize) 
         rows, columns = np.arange(-1, height + 1), np.arange(-1, width + 1)
         for colour, line_width in (("black", 2.4), ("white", 1.1)):
             axes.contour(columns, rows, framed, levels=[0.5], colors=colour, linewidths=line_width)
-    left, top = panel.marks
-    places = ((left, 0.02, 0.5, "left", "center"), (top, 0.5, 0.98, "center", "top"))
-    for text, x, y, horizontal, vertical in places if left or top else ():
+    places = (
+        (0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"),
+        (0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom"),
+    )  # fmt: skip
+    for text, (x, y, horizontal, vertical) in zip(panel.marks, places):
+        if not text:
+            continue
         axes.text(
             x, y, text, transform=axes.transAxes, ha=horizontal, va=vertical, size=_NOTE_PT, color="white",
             path_effects=[withStroke(linewidth=1.5, foreground="black")],

@@ -16,7 +16,7 @@ from PIL import Image
 
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.viewer.explanation import Explanation
-from itemizedclip.viewer.figures import attention_figure, head_figure, save_figure
+from itemizedclip.viewer.figures import LEAST_PEAK, attention_figure, head_figure, save_figure
 from itemizedclip.viewer.geometry import Upsampling, map_to_input
 from itemizedclip.viewer.inputs import InputView
 from itemizedclip.viewer.volumes import (
@@ -166,6 +166,7 @@ def describe(explanation: Explanation) -> dict[str, Any]:
             "score": float(maps.scores[k]),
             "nowhere": float(maps.nowhere[k]),
             "peak_times_uniform": float(maps.peaks[k]),
+            "is_localised": bool(maps.peaks[k] >= LEAST_PEAK),
         }
         token = int(maps.weights[k].argmax())
         if is_study:

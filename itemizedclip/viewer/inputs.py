@@ -31,6 +31,9 @@ READERS: Registry[Callable[[Path, LoadedModel, SeriesChoice], ModelInput]] = Reg
 )
 """Value of `vision_cfg.tower` → function (path, loaded, choice of series) → ModelInput."""
 
+BodyPart = Literal["", "head", "chest"]
+"""What a volume shows, as far as its reader knows; decides which windows a viewer offers."""
+
 Unit = Literal["rgb", "grey", "hu"]
 """What the values of a view are: colours, grey values 0 … 255, or Hounsfield units."""
 
@@ -66,6 +69,19 @@ class FileGrid:
 
 
 @dataclass(frozen=True)
+class SliceLabels:
+    """What other viewers call the slices of a series.
+
+    Attributes:
+        axis: of the view (0 = D, 1 = H, 2 = W) that counts them.
+        texts: one per slice, such as "series 4 · image 12 · S 45.5 mm"; empty where the file has none there.
+    """
+
+    axis: int
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class InputView:
     """One picture, or one series of a study, at its own size.
 
@@ -82,6 +98,12 @@ class InputView:
             same.
         file_grid: how the voxels lie in the file. None for a picture. Of a file that says nothing about the world (its
             `affine` is None) the order and orientation that its format is made with, about the world's origin.
+        body: what it shows.
+        slice_labels: what other viewers call its slices; None when the file does not say.
+        frame: name of the coordinate system that `affine` leads to (FrameOfReferenceUID): series of one frame show the
+            same place at the same mm. "" when the file does not say.
+
+    Views of one series in several windows share one `values` array: viewers show them as one series.
     """
 
     name: str
@@ -93,6 +115,9 @@ class InputView:
     window_hu: tuple[float, float] | None = None
     file_grid: FileGrid | None = None
     original: np.ndarray | None = None
+    body: BodyPart = ""
+    slice_labels: SliceLabels | None = None
+    frame: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import (
+    LEAST_PEAK,
     MIN_DPI,
     MIN_SCALE_TOP,
     Block,
@@ -25,6 +26,7 @@ from itemizedclip.viewer.figures import (
     Sheet,
     legend_of,
     nowhere_note,
+    peak_note,
     signed,
 )
 from itemizedclip.viewer.geometry import Upsampling, map_to_input
@@ -123,6 +125,8 @@ def montage_figure(
 ) -> Figure:
     """For every item the slices that carry most of its attention: the first plain, then each with the overlay.
 
+    The slice of the peak is always among them. A map that is nearly even (`LEAST_PEAK`) is not coloured.
+
     Args:
         explanation: of a study.
         items: which of its items, by number; default all.
@@ -143,8 +147,9 @@ def montage_figure(
     panels = [panel for block in blocks for panel in block.panels]
     legend = [legend_of(panels, [block.note for block in blocks])]
     legend += ["Percent: share of the item's attention on the slab of slices around the one shown."]
-    if any(panel.marks != ("", "") for panel in panels):
+    if any(any(panel.marks) for panel in panels):
         legend.append("Letters: side of the patient.")
+    legend.append("TCSim: similarity of text and image, −1 to 1; a score is no probability.")
     sheet = Sheet(
         blocks,
         max(len(block.panels) for block in blocks),
@@ -157,11 +162,27 @@ def montage_figure(
 
 
 def _item_block(explanation: Explanation, item: int, num_slices: int, mode: Upsampling) -> Block:
-    slabs = slabs_by_attention(explanation, item)[:num_slices]
+    by_attention = slabs_by_attention(explanation, item)
+    slabs = by_attention[:num_slices]
+    peak = _peak_slab(explanation, item, by_attention)
+    if peak is not None and peak not in slabs:
+        slabs[-1] = peak
+    if float(explanation.maps.peaks[item]) < LEAST_PEAK:
+        mode, peak = None, None
     panels = [_slice_panel(explanation, item, slabs[0], None)]
-    panels += [_slice_panel(explanation, item, slab, mode) for slab in slabs]
+    panels += [_slice_panel(explanation, item, slab, mode, is_peak=slab == peak) for slab in slabs[mode is None :]]
     heading = f"{item + 1}. {explanation.items[item]}  (TCSim {signed(float(explanation.maps.scores[item]))})"
     return Block(heading, panels, _shares_note(explanation, item))
+
+
+def _peak_slab(explanation: Explanation, item: int, slabs: Sequence[Slab]) -> Slab | None:
+    """The slab that holds the item's most attended patch; None where it lies in the padding."""
+    place = place_of_token(explanation, int(explanation.maps.weights[item].argmax()))
+    own = [slab for slab in slabs if slab.view == place.view]
+    nearest = min(own, key=lambda slab: abs(slab.middle - place.voxel[0]), default=None)
+    view = explanation.source.views[place.view]
+    depth = view.geometry.view_size[0] / explanation.maps.grid[1] / view.geometry.scale[0]
+    return nearest if nearest is not None and abs(nearest.middle - place.voxel[0]) <= depth else None
 
 
 def _shares_note(explanation: Explanation, item: int) -> str:
@@ -175,16 +196,18 @@ def _shares_note(explanation: Explanation, item: int) -> str:
     if rest:
         parts.append(f"{len(rest)} more {100 * sum(shares[s] for s in rest):.0f} %")
     parts.append(nowhere_note(float(explanation.maps.nowhere[item])))
-    parts.append(f"peak {float(explanation.maps.peaks[item]):.1f}×")
+    parts.append(peak_note(float(explanation.maps.peaks[item])))
     return " · ".join(parts)
 
 
-def _slice_panel(explanation: Explanation, item: int, slab: Slab, mode: Upsampling | None) -> Panel:
+def _slice_panel(
+    explanation: Explanation, item: int, slab: Slab, mode: Upsampling | None, *, is_peak: bool = False
+) -> Panel:
     """One slice, with the overlay or (mode None) plain."""
     views = explanation.source.views
     view, values = views[slab.view], None
     lines = [view.name] if len(views) > 1 else []  # of one series the name stands above
-    lines.append(f"slice {_slice_number(view, slab.middle)} of {view.values.shape[0]}")
+    lines.append(f"{'peak slice' if is_peak else 'slice'} {_slice_number(view, slab.middle)} of {view.values.shape[0]}")
     if mode is not None:
         grid_map = explanation.times_uniform(slab.view)[item]
         values = slice_of_map(grid_map, view, slab.middle, mode)
@@ -198,16 +221,21 @@ def _slice_panel(explanation: Explanation, item: int, slab: Slab, mode: Upsampli
     return Panel(lines[0], " · ".join(lines[1:]), values, None, pixels, (rows * h, columns * w), marks)
 
 
-def _as_read(marks: tuple[str, str]) -> tuple[tuple[str, str], tuple[slice, slice]]:
+_OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "S": "I", "I": "S"}
+
+
+def _as_read(marks: tuple[str, str]) -> tuple[tuple[str, str, str, str], tuple[slice, slice]]:
     """The way slices hang on a wall: right or front of the patient at the left edge, front or head at the top.
 
-    Models see some the other way round. Returns the marks then, and the rows and columns to take.
+    Models see some the other way round. Returns the marks of all edges then (left, right, top, bottom), and the rows
+    and columns to take.
     """
-    opposite = {"L": "R", "P": "A", "I": "S"}
     left, top = marks
     backwards, forwards = slice(None, None, -1), slice(None)
     turned = backwards if top in ("P", "I") else forwards, backwards if left in ("L", "P") else forwards
-    return (opposite.get(left, left), opposite.get(top, top)), turned
+    left = _OPPOSITE[left] if left in ("L", "P") else left
+    top = _OPPOSITE[top] if top in ("P", "I") else top
+    return (left, _OPPOSITE.get(left, ""), top, _OPPOSITE.get(top, "")), turned
 
 
 def _slice_number(view: InputView, d: int) -> int:

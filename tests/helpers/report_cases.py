@@ -65,6 +65,26 @@ def scan(size=(12, 50, 60), view=(16, 48, 48), grid=(4, 4, 4), spots=((0, 1, 3, 
     coarse = generator.integers(-1024, 3072, (size[0], size[1] // 5, size[2] // 5), dtype=np.int16)
     values = coarse.repeat(5, axis=1).repeat(5, axis=2)
     geometry = Geometry.of_input(size).crop([(n - v) // 2 for n, v in zip(size, view)], view)
-    shown = InputView("CHEST", values, "hu", geometry, (5.0, 0.7, 0.7), affine, window_hu=(-1150.0, 350.0))
+    shown = InputView(
+        "CHEST", values, "hu", geometry, (5.0, 0.7, 0.7), affine, window_hu=(-1150.0, 350.0), body="chest"
+    )
     source = ModelInput("CHEST", torch.zeros(1, 1, *view), [shown])
     return Explanation(source, [f"finding {k}" for k in range(len(spots))], planted_maps((1, *grid), spots))
+
+
+def head_ct(size=(12, 40, 40), grid=(4, 4, 4), spots=((1, 1, 3, 0), (3, 2, 1, 1)), affine=AXIAL, items=None):
+    """A head CT, one array of HU in the model's three windows, and one MRI series."""
+    generator = np.random.default_rng(1)
+    hu = generator.integers(-1000, 1500, (size[0], size[1] // 5, size[2] // 5), dtype=np.int16)
+    hu = hu.repeat(5, axis=1).repeat(5, axis=2)
+    windows = {"Blood": (-20.0, 180.0), "Bone": (-800.0, 2000.0), "Brain": (0.0, 80.0)}
+    geometry = Geometry.of_input(size)
+    views = [
+        InputView(f"HEAD_AX_{word}Window", hu, "hu", geometry, (3.0, 0.8, 0.8), affine, window_hu=limits, body="head")
+        for word, limits in windows.items()
+    ]
+    other = np.full(size, 90, dtype=np.uint8)
+    views.append(InputView("AX_T2_FLAIR", other, "grey", geometry, (3.0, 0.8, 0.8), affine, body="head"))
+    source = ModelInput("HEAD", torch.zeros(len(views), 1, *size), views)
+    texts = items or [f"finding {k}" for k in range(len(spots))]
+    return Explanation(source, texts, planted_maps((len(views), *grid), spots))

@@ -500,6 +500,32 @@ def test_dicom_chest(tmp_path, codes, tilt):
     torch.testing.assert_close(opened.image, nifti.image, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("codes", ["LPS", "RAI", "PIR"])
+@pytest.mark.parametrize("tilt", [0, 12])
+def test_slices_are_labelled_with_their_images_and_places(tmp_path, codes, tilt):
+    shape, spacing = (104, 100, 30), (1.0, 1.0, 3.3)
+    affine = affine_of(codes, spacing, shape, tilt)
+    write_dicom(tmp_path, chest_phantom(world_of(shape, affine), SPOT), affine, number=2, drop=(7,))
+    view = open_input(tmp_path, CHEST).views[0]
+    assert view.frame == "1.2.4"
+    labels = view.slice_labels
+    assert len(labels.texts) == view.values.shape[labels.axis] == 30
+    assert labels.texts.count("") == 1
+    for n, text in enumerate(labels.texts):
+        if not text:
+            continue
+        series, image, place = text.split(" · ")
+        k = int(image.removeprefix("image ")) - 1
+        assert (series, k != 7) == ("series 2", True)
+        # The first pixel of the image, in the view's own voxels.
+        voxel = np.linalg.inv(view.affine) @ affine @ [0, 0, k, 1]
+        assert voxel[labels.axis] == pytest.approx(n, abs=0.05)
+        side, mm, _ = place.split(" ")
+        world = (affine @ [0, 0, k, 1])[["LR", "PA", "IS"].index(next(p for p in ("LR", "PA", "IS") if side in p))]
+        assert float(mm) == pytest.approx(abs(world), abs=0.06)
+        assert (side in "RAS") == (world > 0) or abs(world) < 0.06
+
+
 def test_dicom_study_of_several_mri_series(tmp_path):
     for number, (name, codes) in enumerate((("T2 FLAIR", "LPS"), ("t1_sag", "PIL"))):
         shape = (60, 56, 12)
@@ -687,10 +713,12 @@ def test_montage(tmp_path):
     assert "1. finding 0  (TCSim 0.100)" in texts
     assert "c_SAG_T2 87 % · AX_T1 7 % · AX_T1 7 % · nowhere 0 % · peak 77.0×" in texts
     # Slice 13 of the view, counted from 0 to the right, is slice 5 of the file, counted from 1 to the left.
-    assert "slice 5 of 18 · 83 % of attention" in texts
-    # At the left and the top of each: A and S on sagittal slices, R and A on axial ones.
+    assert "peak slice 5 of 18 · 83 % of attention" in texts
+    assert sum(text.startswith("peak slice") for text in texts) == 2
+    # At the edges of each: A P S I on sagittal slices, R L A P on axial ones.
     sagittal, axial = texts.count("c_SAG_T2"), texts.count("AX_T1")
-    assert (texts.count("S"), texts.count("R"), texts.count("A")) == (sagittal, axial, sagittal + axial)
+    assert [texts.count(letter) for letter in "SIRL"] == [sagittal, sagittal, axial, axial]
+    assert texts.count("A") == texts.count("P") == sagittal + axial
     images = [axes for axes in figure.axes if axes.images]
     assert len(images) == 2 * (1 + 3) + 1  # and the colour bar
     plain = images[0].images[0].get_array()
@@ -711,6 +739,24 @@ def test_montage(tmp_path):
     assert first == save_figure(montage_figure(explanation, num_slices=3), tmp_path / "b.png").read_bytes()
     with pytest.raises(ValueError, match="at least one item"):
         montage_figure(explanation, [])
+
+
+def test_montage_of_an_even_map_says_no_localisation(tmp_path):
+    opened = study(tmp_path)
+    values = torch.ones(2, 4, 4)
+    values[0, 1, 2] = 1.5
+    explanation = planted(opened, BRAIN_PATCH, [(1, values)])
+    explanation.maps.head_weights[:] = 0.5 / explanation.maps.head_weights[0, 0].numel()
+    explanation.maps.head_weights[0, :, 1, 0, 1, 2] *= 1.5
+    figure = montage_figure(explanation, num_slices=3)
+    texts = texts_of(figure)
+    assert any(text.endswith("no localisation") for text in texts)
+    assert not any("peak slice" in text for text in texts)
+    pictures = [axes.images[0].get_array() for axes in figure.axes if axes.images][:-1]
+    assert len(pictures) == 3
+    for picture in pictures:
+        assert np.ptp(picture[..., :3].astype(int), axis=-1).max() == 0
+    assert describe(explanation)["items"][0]["is_localised"] is False
 
 
 def test_folder_of_an_explanation(tmp_path):

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import re
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from matplotlib import colormaps
 from PIL import Image
-from report_cases import AXIAL, PROVENANCE, photograph, planted_maps, scan, study
+from report_cases import AXIAL, PROVENANCE, head_ct, photograph, planted_maps, scan, study
 
 from itemizedclip.viewer.explanation import Explanation
-from itemizedclip.viewer.figures import MIN_SCALE_TOP
-from itemizedclip.viewer.geometry import map_to_input
-from itemizedclip.viewer.inputs import InputView, ModelInput
+from itemizedclip.viewer.figures import LEAST_PEAK, MIN_SCALE_TOP
+from itemizedclip.viewer.files import describe
+from itemizedclip.viewer.geometry import Geometry, map_to_input
+from itemizedclip.viewer.inputs import InputView, ModelInput, SliceLabels
 from itemizedclip.viewer.page.html import described_items, report_html
 from itemizedclip.viewer.page.serve import ASK_PATH, ReportServer
 
@@ -382,6 +385,176 @@ def test_windows_of_hounsfield_units(show):
     assert agreement(-400, 600) > 0.9
 
 
+def test_windows_of_one_series_are_one_tab_with_an_attention_each(show):
+    explanation = head_ct()
+    page = show(explanation)
+    shares = explanation.share_of_views()[0]
+    assert [name.text for name in page.find_all("#tabs .name")] == ["HEAD_AX", "AX_T2_FLAIR"]
+    # The first item peaks in the bone window.
+    assert page.text("#seen-chips [aria-pressed=true]").startswith("Bone ")
+    assert page.text("#level-value") == "600 HU"
+    assert page.find_all("#tabs .share")[0].text == f"{100 * float(shares[:3].sum()):.0f} %"
+    assert [button.text.split(" ", 1)[1] for button in page.find_all("#seen-chips button")] == [
+        f"{100 * float(share):.0f} %" for share in shares[:3]
+    ]
+    presets = {button.text: button for button in page.find_all("#presets button")}
+    assert list(presets) == ["As the model", "Brain", "Subdural", "Stroke", "Bone", "Blood", "Full range"]
+    coloured = (np.abs(pixels(page) - without_attention(page)).max(-1) > 40).sum()
+    assert coloured > 100
+    # A window the model did not see keeps the attention, one that it saw brings its own.
+    presets["Stroke"].click()
+    page.settle()
+    assert page.text("#level-value") == "40 HU"
+    assert page.text("#width-value") == "40 HU"
+    assert page.text("#seen-chips [aria-pressed=true]").startswith("Bone ")
+    assert (np.abs(pixels(page) - without_attention(page)).max(-1) > 40).sum() > 100
+    page.find_all("#presets button")[1].click()
+    page.settle()
+    assert page.text("#seen-chips [aria-pressed=true]").startswith("Brain ")
+    assert (np.abs(pixels(page) - without_attention(page)).max(-1) > 40).sum() == 0
+    page.find_all("#seen-chips button")[0].click()
+    page.settle()
+    assert (page.text("#level-value"), page.text("#width-value")) == ("80 HU", "200 HU")
+    page.find_all("#tabs button")[1].click()
+    page.settle()
+    assert not page.find("#seen").is_displayed()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_tabs_show_what_tells_long_names_apart(show, width):
+    explanation = study()
+    stem = "AX_DWI_EPI_TRACE_WEIGHTED_3_SCAN_TRACE_RESOLVE_FS_SMS2_ISO_b"
+    for number, view in enumerate(explanation.source.views):
+        explanation.source.views[number] = replace(view, name=f"{stem}{number}")
+    page = show(explanation, width=width, height=800)
+    assert (
+        page.run(
+            "return [...document.querySelectorAll('#tabs button, #tabs .name')].filter("
+            "e => e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1 && e.className !== 'name')"
+            ".map(e => e.outerHTML)"
+        )
+        == []
+    )
+    assert [tab.get_attribute("textContent") for tab in page.find_all("#tabs .name")] == [
+        f"{stem}{number}" for number in range(3)
+    ]
+
+
+def test_a_nearly_even_map_says_so_instead_of_colours(show):
+    explanation = study(affine=AXIAL)
+    even, total = explanation.maps.head_weights[1], explanation.maps.head_weights[1, 0].numel()
+    even[:] = 0.8 / total
+    even[:, 2, 1, 1, 3] *= 2.4  # 1.92× an even spread, below the bound
+    assert 1.9 < float(explanation.maps.peaks[1]) < LEAST_PEAK
+    page = show(explanation)
+    assert page.text("#slice-note") == "slice of the peak"
+    assert len(page.find_all("#profile .peak")) == 1
+    assert "no localisation" not in page.find_all(".item")[0].text
+    press(page, Keys.END)
+    assert page.text("#slice-note") == ""
+    page.find_all(".item label")[1].click()
+    page.settle()
+    assert "no localisation" in page.find_all(".item")[1].text
+    assert page.text(".even-note").startswith("No localisation")
+    assert page.find_all("#profile .peak") == []
+    set_field(page, "threshold", 0)
+    np.testing.assert_array_equal(pixels(page), without_attention(page))
+    page.find("#even").click()
+    assert (pixels(page) != without_attention(page)).mean() > 0.9
+    assert "A score is no probability" in page.text(".items")
+
+
+def test_places_in_mm_and_the_same_place_in_another_series(show):
+    explanation = head_ct(spots=((1, 1, 3, 0),))
+    views = explanation.source.views
+    labels = SliceLabels(0, tuple(f"series 4 · image {n + 1} · S {3.0 * n:.1f} mm" for n in range(12)))
+    for number in range(3):
+        views[number] = replace(views[number], frame="1.2", slice_labels=labels)
+    # The MRI of the same frame has half as many slices of twice the thickness, from 6 mm higher up.
+    thick = views[3].affine.copy()
+    thick[2] = [6.0, 0, 0, 7.5]
+    values = np.full((6, 40, 40), 90, dtype=np.uint8)
+    views[3] = replace(views[3], values=values, geometry=Geometry.of_input(values.shape), affine=thick, frame="1.2",
+                       spacing_mm=(6.0, 0.8, 0.8))  # fmt: skip
+    page = show(explanation)
+    assert slice_of(page) == (5, 12)
+    assert page.text("#slice-note") == "slice of the peak · series 4 · image 5 · S 12.0 mm"
+    text = hover(page, 0.5, 0.5)
+    row, column = (int(re.search(rf"{word} (\d+)", text)[1]) - 1 for word in ("row", "column"))
+    world = views[0].affine @ [4, row, column, 1]
+    assert f"L {-world[0]:.1f} P {-world[1]:.1f} S {world[2]:.1f} mm" in text
+    assert "image 5" in text
+    # 12 mm is nearest the slice at 13.5 mm (10.5 … 16.5), the second.
+    page.find_all("#tabs button")[1].click()
+    page.settle()
+    assert slice_of(page) == (2, 6)
+    page.find_all("#tabs button")[0].click()
+    page.settle()
+    assert slice_of(page) == (5, 12)
+    press(page, Keys.HOME)
+    page.find_all("#tabs button")[1].click()
+    page.settle()
+    assert slice_of(page) == (1, 6)
+    assert "does not reach" in page.text("#readout")
+    # 32 mm across: a third of that is at most 1 cm.
+    assert page.text(".scale") == "1 cm"
+    widths = page.find(".scale").rect["width"], page.find(".well canvas").rect["width"]
+    assert widths[0] / widths[1] == pytest.approx(10 / 32, abs=0.02)
+
+
+def saved_by(page, selector):
+    """(name, bytes) of the file that a click on a button hands to the browser."""
+    page.run(
+        "window.saved = null; const make = URL.createObjectURL; URL.createObjectURL = (blob) => {"
+        "  const url = make(blob); URL.createObjectURL = make;"
+        "  const reader = new FileReader(); reader.onload = () => (window.saved = [name, reader.result]);"
+        "  let name; addEventListener('click', (event) => { name = event.target.download; event.preventDefault();"
+        "  reader.readAsDataURL(blob); }, { capture: true, once: true }); return url; }"
+    )
+    page.find(selector).click()
+    page.wait("window.saved")
+    name, data = page.run("return window.saved")
+    return name, base64.b64decode(data.split(",")[1])
+
+
+def test_table_of_findings(show):
+    explanation = head_ct(items=['=a "finding", and more', "even"])
+    explanation.maps.head_weights[1] = 0.8 / explanation.maps.head_weights[1, 0].numel()
+    page = show(explanation)
+    name, data = saved_by(page, "#save-table")
+    assert name == "HEAD.csv"
+    first, second = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
+    assert first["text"] == '\'=a "finding", and more'
+    assert float(first["tcsim"]) == pytest.approx(0.6, abs=1e-6)
+    assert float(second["tcsim"]) == pytest.approx(-0.1, abs=1e-6)
+    peak = describe(explanation)["items"][0]["peak"]
+    assert (first["peak_series"], first["peak_window"]) == ("HEAD_AX", "Bone")
+    assert [int(first[key]) - 1 for key in ("slice", "row", "column")] == peak["slice_row_column"]
+    written = [float(first[key]) for key in ("mm_right", "mm_front", "mm_head")]
+    np.testing.assert_allclose(written, peak["world_mm_ras"], atol=0.051)
+    assert [row["is_localised"] for row in (first, second)] == ["yes", "no"]
+    assert second["slice"] == second["peak_series"] == ""
+    shares = [float(value) for key, value in first.items() if key.startswith("share_")]
+    np.testing.assert_allclose(shares, explanation.share_of_views()[0], atol=1e-4)
+
+
+def test_picture_of_the_view(show, tmp_path):
+    page = show(study(affine=AXIAL))
+    page.find_all(".compare")[1].click()
+    shown = [pixels(page, k) for k in (0, 1)]
+    name, data = saved_by(page, "#save-picture")
+    assert name == "STUDY7.png"
+    (tmp_path / "saved.png").write_bytes(data)
+    saved = np.asarray(Image.open(tmp_path / "saved.png").convert("RGB")).astype(int)
+    height, width, _ = shown[0].shape
+    assert saved.shape[1] == 2 * width + 24
+    for k, picture in enumerate(shown):
+        found = saved[8 : 8 + height, 8 + k * (width + 8) : 8 + k * (width + 8) + width]
+        # Equal but for the letters and the scale bar, which are drawn over it.
+        assert 0.95 < (found == picture).all(-1).mean() < 1
+    assert (saved[height + 16 :].max(-1) > 150).sum() > 300  # the lines of text below
+
+
 # --- two items --------------------------------------------------------------------------------------------------------
 
 
@@ -499,7 +672,10 @@ def test_prints_the_picture_and_the_items_without_controls(show):
     page = show(study())
     page.emulate(scheme="dark", media="print")
     page.settle()
-    hidden = {s: page.find(s).is_displayed() for s in ("#opacity", "#theme", "#tools", "#slice", ".compare", "#level")}
+    hidden = {
+        s: page.find(s).is_displayed()
+        for s in ("#opacity", "#theme", "#tools", "#slice", ".compare", "#level", "#print")
+    }
     assert not any(hidden.values()), hidden
     for selector in (".well canvas", ".item .text", ".item .numbers", "#legend", ".provenance", ".tag"):
         assert page.find(selector).is_displayed(), selector

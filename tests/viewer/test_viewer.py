@@ -311,7 +311,7 @@ def test_titles_carry_score_and_nowhere():
     maps[1, 0, 0] = 7.25
     figure = attention_figure(picture(), ["a", "b"], maps, [0.1234, -0.05], nowhere=[0.336, 0], peaks=[1, 7.25])
     written = [text.get_text() for text in figure.texts]
-    assert "TCSim 0.123 · nowhere 34 % · peak 1.0×" in written
+    assert "TCSim 0.123 · nowhere 34 % · peak 1.0×, no localisation" in written
     assert "TCSim −0.050 · nowhere 0 % · peak 7.2×" in written
     assert "80 × 60 px" in written
     bare = attention_figure(picture(), ["a", "b"], maps, [0.1234, -0.05])

@@ -6,17 +6,21 @@ const [S, ...TOKENS] = report.grid;
 const COLOUR_TABLE = bytesOfBase64(report.colours);
 const PAGE_STEP = 5;
 
-/** Window presets of Hounsfield units: name, width, level. */
-const HU_PRESETS = [
-  ["Lung", 1500, -600], ["Mediastinum", 400, 40], ["Bone", 1800, 400], ["Brain", 80, 40], ["Blood", 200, 75],
+/** Window presets of Hounsfield units by what is shown: name, width, level. */
+const HEAD_PRESETS = [
+  ["Brain", 80, 40], ["Subdural", 215, 75], ["Stroke", 40, 40], ["Bone", 2800, 600], ["Blood", 200, 80],
 ];
+const CHEST_PRESETS = [["Lung", 1500, -600], ["Mediastinum", 400, 40], ["Bone", 1800, 400]];
+const HU_PRESETS = { head: HEAD_PRESETS, chest: CHEST_PRESETS, "": [...CHEST_PRESETS, ...HEAD_PRESETS.filter(([name]) => name !== "Bone")] };
+const AS_THE_MODEL = "As the model";
 
 const views = report.views.map((info, number) => new View(info, number));
+const seriesList = report.series; // name, numbers of its views, labels of its windows
 const items = [];
 const state = {
   view: 0, normal: 0, place: [0.5, 0.5, 0.5], // place: shares of the axes, the same in every series
   chosen: [null, null], // item of each pane; the second is null unless two are compared
-  head: -1, isSmooth: true, isShown: true, isGrey: true, isOwnScale: false, opacity: 0.75, threshold: 1,
+  head: -1, isSmooth: true, isShown: true, isGrey: true, isEvenShown: false, isOwnScale: false, opacity: 0.75, threshold: 1,
   windows: new Map(), // view number, or "hu" for all of them → { low, high, preset }
 };
 const scratch = newCanvas(1, 1), sliceCanvas = newCanvas(1, 1);
@@ -24,6 +28,13 @@ const scratch = newCanvas(1, 1), sliceCanvas = newCanvas(1, 1);
 // --- what the state means ---------------------------------------------------------------------------------------
 
 const currentView = () => views[state.view];
+const seriesOf = (number) => seriesList.findIndex((series) => series.views.includes(number));
+const labelOf = (number) => {
+  const series = seriesList[seriesOf(number)];
+  return series.labels[series.views.indexOf(number)];
+};
+/** Name of a view for people: its series and, where there are several, its window. */
+const nameOf = (number) => seriesList[seriesOf(number)].name + (labelOf(number) ? `, ${labelOf(number)} window` : "");
 const currentPlane = () => new Plane(currentView(), state.normal, TOKENS);
 const sliceOf = (plane) => Math.min(plane.count - 1, Math.floor(state.place[plane.normal] * plane.count));
 const windowKey = (view) => (view.unit === "hu" ? "hu" : view.number);
@@ -36,8 +47,8 @@ function presetsOf(view) {
   const { min, max, low, high } = view.range;
   const full = ["Full range", min, max];
   if (view.unit !== "hu") return [["Auto", low, high], full];
-  const seen = view.window ? [["As the model", ...view.window]] : [];
-  return [...seen, ...HU_PRESETS.map(([name, width, level]) => [name, level - width / 2, level + width / 2]), full];
+  const seen = view.window ? [[AS_THE_MODEL, ...view.window]] : [];
+  return [...seen, ...HU_PRESETS[view.body].map(([name, width, level]) => [name, level - width / 2, level + width / 2]), full];
 }
 
 function windowOf(view) {
@@ -47,8 +58,15 @@ function windowOf(view) {
     const [preset, low, high] = presetsOf(view)[0];
     state.windows.set(key, { preset, low, high });
   }
-  return state.windows.get(key);
+  const window = state.windows.get(key);
+  // Each view has a model's window of its own.
+  return window.preset === AS_THE_MODEL && view.window ? { ...window, low: view.window[0], high: view.window[1] } : window;
 }
+
+/** Whether the attention of an item has a peak, not merely a largest of nearly equal values. */
+const isLocalised = (attention) => attention.peak >= report.leastPeak;
+/** Attention that is drawn: all, or only what points somewhere. */
+const isDrawn = (attention) => state.isShown && (state.isEvenShown || isLocalised(attention));
 
 /** Top of the colour scale of an item. */
 function scaleTop(item) {
@@ -119,14 +137,16 @@ function arrangeItems() {
 
 function drawItem(item) {
   const { shares, nowhere, peak, peakView } = item.attention(state.head);
-  const where = S > 1 ? [" in ", element("b", {}, views[peakView].name)] : [];
+  const isFound = isLocalised({ peak });
+  const where = S > 1 && isFound ? [" in ", element("b", {}, nameOf(peakView))] : [];
+  const none = isFound ? [] : [element("b", { className: "even", title: `no patch has ${times(report.leastPeak)} an even spread` }, "no localisation"), " "];
   item.numbers.replaceChildren(
-    element("span", {}, `peak ${times(peak)}`, ...where), " ", element("span", {}, `nowhere ${percent(nowhere)}`),
+    ...none, element("span", {}, `peak ${times(peak)}`, ...where), " ", element("span", {}, `nowhere ${percent(nowhere)}`),
   );
   item.strip.hidden = S < 2;
   item.strip.replaceChildren(
     ...shares.map((share, s) => {
-      const part = element("i", { className: s === state.view ? "part here" : "part", title: `${views[s].name} ${percent(share)}` });
+      const part = element("i", { className: s === state.view ? "part here" : "part", title: `${nameOf(s)} ${percent(share)}` });
       part.style.flexGrow = share;
       return part;
     }),
@@ -157,7 +177,7 @@ async function goToPeak(item) {
   const { peakView, peakCell } = item.attention(state.head);
   const view = views[peakView], plane = new Plane(view, 0, TOKENS);
   state.place = peakCell.map((cell, axis) => (plane.voxelOf(axis, cell) + 0.5) / view.size[axis]);
-  await showView(peakView);
+  await showView(peakView, { keepsPlace: false });
   if (view.isReady && state.view === peakView) {
     const voxel = state.place.map((place, axis) => Math.floor(place * view.size[axis]));
     $("readout").textContent = `Middle of the peak's patch: ${describe(currentPlane(), voxel)}`;
@@ -166,7 +186,20 @@ async function goToPeak(item) {
 
 // --- series, planes, slices ---------------------------------------------------------------------------------------
 
-async function showView(number) {
+/**
+ * The place stays where it is in the body: at the same mm where both series are of one frame of reference, otherwise at
+ * the same share of every axis. False where the other series does not reach it.
+ */
+function carryPlace(from, to) {
+  if (from === to || !from.frame || from.frame !== to.frame || !from.affine || !to.affine) return true;
+  const world = from.worldOf(state.place.map((share, axis) => share * from.size[axis]));
+  const shares = to.placeOf(world).map((at, axis) => at / to.size[axis]);
+  state.place = shares.map((share) => Math.min(1 - 1e-6, Math.max(0, share)));
+  return shares.every((share) => share >= 0 && share <= 1);
+}
+
+async function showView(number, { keepsPlace = true } = {}) {
+  const isReached = !keepsPlace || carryPlace(views[state.view], views[number]);
   state.view = number;
   const view = views[number];
   if (!view.isReady) $("readout").textContent = `Unpacking ${view.name} …`;
@@ -179,51 +212,98 @@ async function showView(number) {
   buildPanes();
   buildTools();
   centreTab();
-  $("readout").textContent = "Point at the image to read values.";
+  $("readout").textContent = isReached ? "Point at the image to read values." : `${nameOf(number)} does not reach this place; its nearest slice is shown.`;
   redraw();
 }
 
 function buildTabs() {
   const tabs = $("tabs");
-  tabs.hidden = views.length < 2;
+  tabs.hidden = seriesList.length < 2;
   tabs.replaceChildren(
-    ...views.map((view, s) => {
+    ...seriesList.map((series, s) => {
       const meter = element("span", { className: "meter", "aria-hidden": "true" }, element("i"), element("i"));
       const tab = element("button", { type: "button", role: "tab", id: `tab-${s}`, "aria-controls": "series-panel" },
-        element("span", { className: "name" }, view.name), element("span", { className: "share" }), meter);
-      tab.addEventListener("click", () => showView(s));
+        element("span", { className: "name" }, ...breakable(series.name)), element("span", { className: "share" }), meter);
+      tab.addEventListener("click", () => showSeries(s));
       return tab;
     }),
   );
-  if (views.length > 1) $("series-panel").setAttribute("role", "tabpanel");
+  if (seriesList.length > 1) $("series-panel").setAttribute("role", "tabpanel");
   tabs.addEventListener("keydown", (event) => {
-    const steps = { ArrowLeft: state.view - 1, ArrowRight: state.view + 1, Home: 0, End: views.length - 1 };
+    const current = seriesOf(state.view), last = seriesList.length - 1;
+    const steps = { ArrowLeft: current - 1, ArrowRight: current + 1, Home: 0, End: last };
     if (!(event.key in steps)) return;
     event.preventDefault();
-    const next = (steps[event.key] + views.length) % views.length;
+    const next = (steps[event.key] + last + 1) % (last + 1);
     tabs.children[next].focus();
-    showView(next);
+    showSeries(next);
   });
+}
+
+/** A name that may be wrapped behind its underscores: nothing of it is cut. */
+function breakable(name) {
+  return name.split(/(?<=_)/).flatMap((part, k) => (k ? [document.createElement("wbr"), part] : [part]));
+}
+
+/** Of several windows of a series the one that the chosen item looks at most. */
+function showSeries(s) {
+  const { views: numbers } = seriesList[s], shares = state.chosen[0]?.attention(state.head).shares;
+  if (numbers.includes(state.view)) return;
+  showView(shares ? numbers.reduce((best, number) => (shares[number] > shares[best] ? number : best)) : numbers[0]);
+}
+
+/** The model's windows of the current series: each has an attention of its own. */
+function buildSeen() {
+  const { views: numbers, labels } = seriesList[seriesOf(state.view)];
+  $("seen").hidden = numbers.length < 2;
+  $("seen-chips").replaceChildren(...numbers.map((number, k) => {
+    const button = chip(labels[k], () => {
+      setWindow({ preset: AS_THE_MODEL, low: views[number].window[0], high: views[number].window[1] });
+      showView(number);
+    });
+    button.append(" ", element("span", { className: "dim" }));
+    button.dataset.view = number;
+    return button;
+  }));
+}
+
+function drawSeen(shown) {
+  for (const button of $("seen-chips").children) {
+    const number = Number(button.dataset.view);
+    button.setAttribute("aria-pressed", String(number === state.view));
+    button.lastChild.textContent = shown.map((shares) => percent(shares[number])).join(" | ");
+  }
+}
+
+/** A window that the model saw too brings the attention of that window. */
+function choosePreset(preset, low, high) {
+  setWindow({ preset, low, high });
+  const { views: numbers } = seriesList[seriesOf(state.view)];
+  const same = numbers.find((number) => views[number].window?.[0] === low && views[number].window?.[1] === high);
+  if (same !== undefined && same !== state.view) showView(same);
 }
 
 function drawTabs() {
   const shown = state.chosen.filter(Boolean).map((item) => item.attention(state.head).shares);
+  const current = seriesOf(state.view);
+  const shareOf = (shares, s) => seriesList[s].views.reduce((sum, number) => sum + shares[number], 0);
+  drawSeen(shown);
   [...$("tabs").children].forEach((tab, s) => {
-    const isCurrent = s === state.view;
+    const isCurrent = s === current;
     tab.setAttribute("aria-selected", String(isCurrent));
     tab.tabIndex = isCurrent ? 0 : -1;
-    tab.querySelector(".share").textContent = shown.map((shares) => percent(shares[s])).join(" | ");
+    tab.querySelector(".share").textContent = shown.map((shares) => percent(shareOf(shares, s))).join(" | ");
     tab.querySelectorAll(".meter i").forEach((bar, k) => {
       bar.hidden = !shown[k];
-      bar.style.width = shown[k] ? `${100 * shown[k][s]}%` : "0";
+      bar.style.width = shown[k] ? `${100 * shareOf(shown[k], s)}%` : "0";
     });
   });
-  if (views.length > 1) $("series-panel").setAttribute("aria-labelledby", `tab-${state.view}`);
+  if (seriesList.length > 1) $("series-panel").setAttribute("aria-labelledby", `tab-${current}`);
 }
 
 /** Where the tabs are one row to be pushed sideways, the current one comes into sight. */
 function centreTab() {
-  const tabs = $("tabs"), tab = tabs.children[state.view];
+  const tabs = $("tabs"), tab = tabs.children[seriesOf(state.view)];
   tabs.scrollLeft = tab.offsetLeft - tabs.offsetLeft - (tabs.clientWidth - tab.offsetWidth) / 2;
 }
 
@@ -237,6 +317,7 @@ function chip(text, act) {
 function buildTools() {
   const view = currentView();
   $("grey-field").hidden = isVolume(view);
+  buildSeen();
   $("tools").hidden = $("presets").hidden = $("planes").hidden = $("window").hidden = !isVolume(view);
   if (!isVolume(view)) return;
   $("planes").replaceChildren(
@@ -246,7 +327,7 @@ function buildTools() {
     })),
   );
   $("presets").replaceChildren(
-    ...presetsOf(view).map(([preset, low, high]) => chip(preset, () => setWindow({ preset, low, high }))),
+    ...presetsOf(view).map(([preset, low, high]) => chip(preset, () => choosePreset(preset, low, high))),
   );
 }
 
@@ -288,7 +369,11 @@ function drawSlices(plane, slice) {
   if (!isStack) return;
   Object.assign($("slice"), { max: plane.count - 1, value: slice });
   $("slice-label").textContent = `${plane.name} ${slice + 1} / ${plane.count}`;
-  $("slice").setAttribute("aria-valuetext", `${slice + 1} of ${plane.count}`);
+  const peaks = peakSlices(plane);
+  const isPeak = peaks.some(([first, last]) => first <= slice && slice <= last);
+  const label = plane.view.labels?.[0] === plane.normal ? plane.view.labels[1][slice] : "";
+  $("slice-note").textContent = [isPeak ? "slice of the peak" : "", label].filter(Boolean).join(" · ");
+  $("slice").setAttribute("aria-valuetext", `${slice + 1} of ${plane.count}${isPeak ? ", slice of the peak" : ""}`);
   const bars = [], shown = state.chosen.filter(Boolean);
   shown.forEach((item, k) => {
     const layers = plane.profile(item.attention(state.head).map);
@@ -302,7 +387,26 @@ function drawSlices(plane, slice) {
       bars.push(bar);
     }
   });
+  peaks.forEach(([first, last, name]) => {
+    const middle = (100 * (first + last)) / 2 / (plane.count - 1);
+    const mark = document.createElementNS("http://www.w3.org/2000/svg", "line");
+    const facts = { x1: middle, x2: middle, y1: 0, y2: 100, class: `peak ${name}`, "vector-effect": "non-scaling-stroke" };
+    for (const [key, value] of Object.entries(facts)) mark.setAttribute(key, value);
+    bars.push(mark);
+  });
   $("profile").replaceChildren(...bars);
+}
+
+/** First and last slice of the peak of every item on show that peaks in this view, with the name of its pane. */
+function peakSlices(plane) {
+  return state.chosen.flatMap((item, k) => {
+    const attention = item?.attention(state.head);
+    if (!item || attention.peakView !== plane.view.number || !isLocalised(attention)) return [];
+    const [from, to] = plane.cellEdges(plane.normal, attention.peakCell[plane.normal]);
+    // Slices whose middle lies within the patch, as cellOf has it.
+    const first = Math.max(0, Math.ceil(from - 0.5)), last = Math.min(plane.count - 1, Math.ceil(to - 0.5) - 1);
+    return first <= last ? [[first, last, "ab"[k]]] : [];
+  });
 }
 
 // --- panes --------------------------------------------------------------------------------------------------------
@@ -322,12 +426,14 @@ function buildPanes() {
 function buildPane(k) {
   const canvas = element("canvas", { role: "img" });
   const letters = ["left", "right", "top", "bottom"].map((side) => element("span", { className: `letter ${side}`, "aria-hidden": "true" }));
-  const well = element("div", { className: "well", tabIndex: 0, role: "group" }, canvas, ...letters);
+  const scale = element("span", { className: "scale", role: "img", "aria-label": "Scale bar", hidden: true });
+  const even = element("p", { className: "even-note", role: "status", hidden: true });
+  const well = element("div", { className: "well", tabIndex: 0, role: "group" }, canvas, ...letters, even, scale);
   well.setAttribute("aria-label", "Image: arrow keys change the slice, P goes to the peak, O hides the attention");
   const title = element("p", { className: "title" });
   const peak = element("button", { type: "button", className: "quiet" }, "Go to peak");
   peak.addEventListener("click", () => goToPeak(state.chosen[k]));
-  const pane = { k, canvas, well, letters, title, peak, box: element("figure", { className: "pane" }, element("figcaption", {}, title, peak), well) };
+  const pane = { k, canvas, well, letters, even, scale, title, peak, box: element("figure", { className: "pane" }, element("figcaption", {}, title, peak), well) };
   listenTo(pane);
   return pane;
 }
@@ -399,6 +505,9 @@ function describe(plane, voxel) {
   const parts = isVolume(view)
     ? [`slice ${d + 1}, row ${h + 1}, column ${w + 1}`, view.unit === "hu" ? `${decimal(value, 0)} HU` : `grey ${value}`]
     : [`row ${h + 1}, column ${w + 1}`, `RGB ${value.join(" ")}`];
+  const world = view.worldOf(voxel.map((n) => n + 0.5));
+  if (world) parts.push(`${world.map((mm, axis) => `${["LR", "PA", "IS"][axis][mm < 0 ? 0 : 1]} ${Math.abs(mm).toFixed(1)}`).join(" ")} mm`);
+  if (view.labels?.[1][voxel[view.labels[0]]]) parts.push(view.labels[1][voxel[view.labels[0]]]);
   state.chosen.forEach((item, k) => {
     if (!item) return;
     const attention = plane.attentionAt(item.attention(state.head).map, voxel);
@@ -406,6 +515,23 @@ function describe(plane, voxel) {
     parts.push(attention === null ? "not seen by the model" : `${who} ${attention.toFixed(2)}×`);
   });
   return parts.join(" · ");
+}
+
+const SCALE_BARS = [100, 50, 20, 10, 5, 2, 1]; // mm
+
+/** Longest round length that takes at most a third of the picture. */
+function scaleBar(plane, width) {
+  if (!plane.view.spacing) return null;
+  const perMm = width / plane.aspect[0], mm = SCALE_BARS.find((length) => length * perMm <= width / 3);
+  return mm ? { length: mm * perMm, text: mm < 10 ? `${mm} mm` : `${mm / 10} cm` } : null;
+}
+
+function drawScale(pane, plane, width) {
+  const bar = scaleBar(plane, width);
+  pane.scale.hidden = !bar;
+  if (!bar) return;
+  pane.scale.style.width = `${bar.length}px`;
+  pane.scale.textContent = bar.text;
 }
 
 function drawPane(pane, plane, slice) {
@@ -423,16 +549,20 @@ function drawPane(pane, plane, slice) {
   context.resetTransform();
   if (state.isGrey && state.isShown && item && !isVolume(plane.view)) paintGrey(context);
   const attention = item?.attention(state.head);
-  const tokens = item && state.isShown ? plane.tokenSlice(attention.map, slice, state.isSmooth) : null;
+  const tokens = item && isDrawn(attention) ? plane.tokenSlice(attention.map, slice, state.isSmooth) : null;
   if (tokens) {
     const top = scaleTop(item);
     const colours = overlayColours(COLOUR_TABLE, { top, threshold: state.threshold, opacity: state.opacity });
     paintTokens(context, scratch, plane, tokens, colours, top, state.isSmooth);
   }
-  paintMarks(context, plane, slice, state.isShown ? attention : null);
+  paintMarks(context, plane, slice, item && state.isShown && isLocalised(attention) ? attention : null);
+  drawScale(pane, plane, size[0]);
+  pane.even.hidden = !item || !state.isShown || isLocalised(attention);
+  pane.even.textContent = `No localisation: no patch has ${times(report.leastPeak)} an even spread`;
+  pane.peak.disabled = Boolean(item) && !isLocalised(attention);
   pane.letters.forEach((letter, side) => (letter.textContent = plane.letters?.[side] ?? ""));
   const where = plane.count > 1 ? `, ${plane.name} ${slice + 1} of ${plane.count}` : "";
-  canvas.setAttribute("aria-label", `${plane.view.name}${where}${item ? `; attention of: ${item.text}` : ""}`);
+  canvas.setAttribute("aria-label", `${nameOf(plane.view.number)}${where}${item ? `; attention of: ${item.text}` : ""}`);
   pane.peak.hidden = !item || (plane.count < 2 && S < 2);
   pane.title.replaceChildren();
   if (state.chosen[1]) pane.title.append(element("b", { className: `badge ${"ab"[pane.k]}` }, "AB"[pane.k]), " ");
@@ -490,6 +620,7 @@ function listenToControls() {
   on("scale", "change", (field) => (state.isOwnScale = field.value === "own"));
   on("upsampling", "change", (field) => (state.isSmooth = field.value === "smooth"));
   on("show", "change", (field) => (state.isShown = field.checked));
+  on("even", "change", (field) => (state.isEvenShown = field.checked));
   on("grey", "change", (field) => (state.isGrey = field.checked));
   on("order", "change", arrangeItems);
   on("slice", "input", (field) => setSlice(Number(field.value)));
@@ -562,6 +693,7 @@ async function start() {
   showFacts();
   listenToControls();
   listenToQuestions();
+  listenToExports();
   buildTabs();
   addItems(await itemsOf({ items: report.items, maps: report.maps }, report.grid));
   if (items.length) {

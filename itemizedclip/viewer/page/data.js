@@ -39,13 +39,37 @@ function blockText(id) {
   return document.getElementById(id).textContent;
 }
 
-/** One picture or series: its values are unpacked when it is first shown. */
+const unpackedBlocks = new Map(); // windows of one series share their voxels
+
+/** The values of a block with their range, unpacked once. */
+function unpackedBlock(values) {
+  if (!unpackedBlocks.has(values.block)) {
+    const unpacking = unpackArray({ ...values, data: blockText(values.block) });
+    unpackedBlocks.set(values.block, unpacking.then((array) => ({ array, range: rangeOf(array) })));
+  }
+  return unpackedBlocks.get(values.block);
+}
+
+/** One picture or series, or one window of it: its values are unpacked when it is first shown. */
 class View {
   constructor(info, number) {
-    Object.assign(this, info); // name unit size spacing toward window scale offset viewSize values
+    Object.assign(this, info); // name unit size spacing toward window scale offset viewSize values body affine frame labels
     this.number = number;
     this.ready = null;
     this.isReady = false;
+  }
+
+  /** mm (right, front, head) of a place between voxel edges; null when the file does not say. */
+  worldOf(at) {
+    return this.affine?.map((row) => row[3] + row[0] * (at[0] - 0.5) + row[1] * (at[1] - 0.5) + row[2] * (at[2] - 0.5)) ?? null;
+  }
+
+  /** The place between voxel edges at some mm: Cramer's rule on the affine. */
+  placeOf(world) {
+    const m = this.affine, rest = world.map((x, row) => x - m[row][3]);
+    const det = (a, b, c) => a[0] * (b[1] * c[2] - b[2] * c[1]) - b[0] * (a[1] * c[2] - a[2] * c[1]) + c[0] * (a[1] * b[2] - a[2] * b[1]);
+    const columns = [0, 1, 2].map((axis) => m.map((row) => row[axis])), whole = det(...columns);
+    return [0, 1, 2].map((axis) => det(...columns.map((column, k) => (k === axis ? rest : column))) / whole + 0.5);
   }
 
   load() {
@@ -54,15 +78,13 @@ class View {
   }
 
   async #load() {
-    const data = blockText(this.values.block);
     if (this.unit === "rgb") {
-      const picture = new Blob([bytesOfBase64(data)], { type: this.values.type });
+      const picture = new Blob([bytesOfBase64(blockText(this.values.block))], { type: this.values.type });
       const bitmap = await createImageBitmap(picture, { colorSpaceConversion: "none" });
       this.canvas = newCanvas(this.size[2], this.size[1]);
       this.canvas.getContext("2d", { willReadFrequently: true }).drawImage(bitmap, 0, 0);
     } else {
-      this.array = await unpackArray({ ...this.values, data });
-      this.range = rangeOf(this.array);
+      Object.assign(this, await unpackedBlock(this.values));
     }
     this.isReady = true;
   }

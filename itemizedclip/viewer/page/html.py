@@ -28,10 +28,10 @@ from PIL import Image
 
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.viewer.explanation import Explanation
-from itemizedclip.viewer.figures import COLOUR_MAP, MIN_SCALE_TOP
+from itemizedclip.viewer.figures import COLOUR_MAP, LEAST_PEAK, MIN_SCALE_TOP
 from itemizedclip.viewer.inputs import InputView
 
-SCRIPTS = ("data.js", "planes.js", "paint.js", "app.js")
+SCRIPTS = ("data.js", "planes.js", "paint.js", "export.js", "app.js")
 """Parts of the page's one script, in this order."""
 
 MOST_LOSSLESS_PIXELS = 4_000_000
@@ -85,18 +85,23 @@ def report_html(
     blocks["maps"] = items["maps"].pop("data")
     items["maps"]["block"] = "maps"
     notes = [*source.notes, *provenance.notes]
-    views = []
+    views: list[dict[str, Any]] = []
+    series = series_of_views(source.views)
     for number, view in enumerate(source.views):
         fitting, reason = _fitting_picture(view)
         notes += [reason] if reason else []
-        views.append(_described_view(fitting, f"view-{number}", blocks))
+        first = next(one.views[0] for one in series if number in one.views)
+        packed = views[first]["values"] if first < number else _packed(fitting, f"view-{number}", blocks)
+        views.append(_described_view(fitting) | {"values": packed})
     contents = {
         "ask": ask,
         "grid": [1] * (4 - len(explanation.maps.grid)) + list(explanation.maps.grid),
         "numHeads": explanation.maps.head_nowhere.shape[1],
         "colours": _colour_table(),
         "scaleFloor": MIN_SCALE_TOP,
+        "leastPeak": LEAST_PEAK,
         "views": views,
+        "series": [{"name": one.name, "views": list(one.views), "labels": list(one.labels)} for one in series],
         "facts": [
             ("input", source.name),
             ("model", provenance.model),
@@ -130,6 +135,41 @@ def described_items(explanation: Explanation, cut_items: Sequence[bool] | None =
         for k, text in enumerate(explanation.items)
     ]
     return {"items": described, "maps": pack_array(_shortened(maps.times_uniform(per_head=True).numpy()))}
+
+
+@dataclass(frozen=True)
+class SeriesOfViews:
+    """One series as people count them.
+
+    Attributes:
+        name: what the names of its views have in common.
+        views: their numbers; several where the model sees one series in several windows.
+        labels: what tells them apart, such as "Brain"; one empty text for a single view.
+    """
+
+    name: str
+    views: tuple[int, ...]
+    labels: tuple[str, ...]
+
+
+def series_of_views(views: Sequence[InputView]) -> list[SeriesOfViews]:
+    """The series of a study: views that share their voxels are windows of one."""
+    numbers: dict[int, list[int]] = {}
+    for number, view in enumerate(views):
+        numbers.setdefault(id(view.values), []).append(number)
+    series = []
+    for group in numbers.values():
+        names = [views[number].name for number in group]
+        if len(group) == 1:
+            series.append(SeriesOfViews(names[0], (group[0],), ("",)))
+            continue
+        words = [name.split("_") for name in names]
+        same = 0
+        while all(same < len(own) - 1 and own[same] == words[0][same] for own in words):
+            same += 1
+        labels = ("_".join(own[same:]).removesuffix("Window") or "_".join(own[same:]) for own in words)
+        series.append(SeriesOfViews("_".join(words[0][:same]) or names[0], tuple(group), tuple(labels)))
+    return series
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------
@@ -167,10 +207,15 @@ def _shortened(values: np.ndarray) -> np.ndarray:
     return ((bits + np.uint32(1 << (drop - 1))) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)
 
 
-def _described_view(view: InputView, block: str, blocks: dict[str, str]) -> dict[str, Any]:
-    """What the page knows of a view; its values go into `blocks`."""
+def _packed(view: InputView, block: str, blocks: dict[str, str]) -> dict[str, Any]:
+    """Where the page finds the values of a view, which go into `blocks`."""
     packed = _packed_picture(view.values) if view.unit == "rgb" else pack_array(view.values)
     blocks[block] = packed.pop("data")
+    return {**packed, "block": block}
+
+
+def _described_view(view: InputView) -> dict[str, Any]:
+    """What the page knows of a view, but for its values."""
     geometry = view.geometry
     size = geometry.input_size
     lacking = 3 - len(size)
@@ -184,7 +229,10 @@ def _described_view(view: InputView, block: str, blocks: dict[str, str]) -> dict
         "scale": [1.0] * lacking + list(geometry.scale),
         "offset": [0.0] * lacking + list(geometry.offset),
         "viewSize": [1] * lacking + list(geometry.view_size),
-        "values": {**packed, "block": block},
+        "body": view.body,
+        "affine": None if view.affine is None else [[float(x) for x in row] for row in view.affine[:3]],
+        "frame": view.frame,
+        "labels": None if view.slice_labels is None else [view.slice_labels.axis, list(view.slice_labels.texts)],
     }
 
 

@@ -562,8 +562,37 @@ def read_dicom(series: DicomSeries, *, fill: bool = False) -> Scan:
         warnings.append(f"{label}: every voxel has the value {values.min():g}")
     notes = [f"{label}: {note}" for note in series.notes]
     return Scan(
-        series.description, values, _LPS_TO_RAS @ affine, source, series.modality, notes, warnings, series.plane
+        series.description,
+        values,
+        _LPS_TO_RAS @ affine,
+        source,
+        series.modality,
+        notes,
+        warnings,
+        series.plane,
+        slice_labels=_slice_labels(series, first, step, len(voxels)),
+        frame=one.frame_of_reference,
     )
+
+
+def _slice_labels(series: DicomSeries, first: np.ndarray, step: np.ndarray, count: int) -> tuple[str, ...]:
+    """Series number, image number and position of every slice of a grid, "" where none was taken."""
+    along, direction = _along(series.slices), np.array(series.slices[0].direction)
+    normal = np.cross(direction[:3], direction[3:])
+    axis = int(np.abs(normal).argmax())
+    labels = []
+    for n in range(count):
+        # `_along` measures from the patient's origin.
+        at = float(normal @ (first + n * step))
+        nearest = int(np.abs(along - at).argmin())
+        one = series.slices[nearest]
+        if abs(along[nearest] - at) > _EVEN_MM:
+            labels.append("")
+            continue
+        mm = one.position[axis]
+        side = ("RL", "AP", "IS")[axis][mm >= 0]  # DICOM counts towards left, back and head
+        labels.append(f"series {series.number} · image {one.number} · {side} {abs(mm):.1f} mm")
+    return tuple(labels)
 
 
 def _pixels(path: Path, description: str) -> np.ndarray:

@@ -58,6 +58,8 @@ class Scan:
         notes: what was decided while reading.
         warnings: what must be known to use the scan: gaps, guesses, what was left out.
         plane: in which its slices were taken, None when the file does not say.
+        slice_labels: what other viewers call its slices, one text per k; empty when the file does not say.
+        frame: FrameOfReferenceUID, "" when the file does not say.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Scan:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     plane: Plane | None = None
+    slice_labels: tuple[str, ...] = ()
+    frame: str = ""
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,9 @@ def straightened(scan: Scan) -> Scan:
     what = f"slices are shifted against each other by {angle:.1f}° (a tilted gantry)" if angle > 0.05 else "rows and "
     what = what if angle > 0.05 else "rows and columns are not at right angles"
     note = f"{scan.name}: {what}; resampled on a straight grid of {'×'.join(map(str, size))} voxels"
-    return replace(scan, voxels=voxels, affine=affine, warnings=[*scan.warnings, note])
+    # The new slices lie in the planes of the old ones, if they are as many.
+    labels = scan.slice_labels if size[2] == len(scan.slice_labels) else ()
+    return replace(scan, voxels=voxels, affine=affine, warnings=[*scan.warnings, note], slice_labels=labels)
 
 
 def check_field_of_view(scan: Scan, body: Body) -> None:

@@ -34,7 +34,7 @@ from itemizedclip.data.items import normalise_item
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.files import read_json
 from itemizedclip.viewer.geometry import Geometry
-from itemizedclip.viewer.inputs import FileGrid, InputView, ModelInput, SeriesChoice, SeriesListed
+from itemizedclip.viewer.inputs import FileGrid, InputView, ModelInput, SeriesChoice, SeriesListed, SliceLabels
 from itemizedclip_radiology.benchmarks.head_ct import (
     WINDOWS,
     cq500_window_files,
@@ -462,7 +462,7 @@ def brain_series(scan: Scan, size: Size) -> list[PreparedSeries]:
         scan.notes.append(f"{name}: head CT in HU, read as {len(HEAD_WINDOWS_HU)} series by window")
         stem = name.removeprefix(f"{plane}_")
         return [
-            _brain_series(f"{stem}_{plane}_{word}", hu, window.apply(torch.from_numpy(hu)), turned, size, window)
+            _brain_series(f"{stem}_{plane}_{word}", hu, window.apply(torch.from_numpy(hu)), scan, turned, size, window)
             for word, window in HEAD_WINDOWS_HU.items()
         ]
     if not scan.modality and (looks_like_shifted_hu(scan.voxels) or _NAMED_CT.search(scan.source.name)):
@@ -473,7 +473,7 @@ def brain_series(scan: Scan, size: Size) -> list[PreparedSeries]:
     unit = (np.clip(turned.voxels, low, high).astype(np.float32) - np.float32(low)) / np.float32(high - low)
     grey = np.rint(unit * 255).astype(np.uint8)
     image = torch.from_numpy(np.ascontiguousarray(unit))
-    return [_brain_series(name, grey, image, turned, size, None, original=np.ascontiguousarray(turned.voxels))]
+    return [_brain_series(name, grey, image, scan, turned, size, None, original=np.ascontiguousarray(turned.voxels))]
 
 
 def _no_hu(scan: Scan) -> BadSampleError:
@@ -488,6 +488,7 @@ def _brain_series(
     name: str,
     values: np.ndarray,
     unit: Tensor,
+    scan: Scan,
     turned: OrientedScan,
     size: Size,
     window: HounsfieldWindow | None,
@@ -505,8 +506,18 @@ def _brain_series(
         window_hu=None if window is None else (window.hu_min, window.hu_max),
         file_grid=turned.file_grid,
         original=original,
+        body="head",
+        slice_labels=_labels_in_view(scan, turned.file_grid),
+        frame=scan.frame,
     )
     return PreparedSeries(normalise_grey(volume, "0-1")[None], view)
+
+
+def _labels_in_view(scan: Scan, grid: FileGrid) -> SliceLabels | None:
+    """The labels of a scan's slices, its last axis, where they lie in the view."""
+    if not scan.slice_labels:
+        return None
+    return SliceLabels(grid.view_axis[2], scan.slice_labels[::-1] if grid.flipped[2] else scan.slice_labels)
 
 
 def assumed_grid(shape: Sequence[int], codes: str, spacing_mm: tuple[float, float, float]) -> FileGrid:
@@ -575,6 +586,8 @@ def _open_chest(source: Path, options: ChestInput, choice: SeriesChoice, remarks
         spacing_mm=turned.spacing_mm,
         affine=turned.affine,
         file_grid=turned.file_grid,
+        slice_labels=_labels_in_view(scan, turned.file_grid),
+        frame=scan.frame,
     )
 
 
@@ -630,6 +643,7 @@ def _chest_series(
         "hu",
         geometry,
         window_hu=(options.window.hu_min, options.window.hu_max),
+        body="chest",
         **where,
     )
     return PreparedSeries(windowed.sub_(GREY_MEAN).div_(GREY_STD)[None], view)
