@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -36,7 +37,7 @@ from itemizedclip.runtime.files import check_writable, parse_json, read_json, re
 from itemizedclip.runtime.flags import at_least, at_most, check, max_processes, read_flags, usable_cores
 from itemizedclip.runtime.logs import literal, progress_bar
 from itemizedclip.runtime.registry import unknown_name
-from itemizedclip.training.recipes import RECIPES
+from itemizedclip.training import recipes
 from itemizedclip.viewer.comparison import comparison_figure
 from itemizedclip.viewer.figures import save_figure
 
@@ -220,9 +221,10 @@ def _planned(options: CompareOptions, name: str, seed: int, flags: Sequence[str]
             raise UserError(f"--data is {options.data!r}; expected own:TRAIN.jsonl,VALID.jsonl")
         start = ("train", "own", "--train-file", files[0], "--val-file", files[1])
     else:
-        if not options.data.partition(":")[0].endswith(".py") and options.data not in RECIPES.names():
+        # The registry is not imported by name: a module that has one is taken for a command that begins with a name.
+        if not options.data.partition(":")[0].endswith(".py") and options.data not in recipes.RECIPES.names():
             raise UserError(f"--data is {options.data!r}; expected scenes, own:TRAIN.jsonl,VALID.jsonl, or a recipe: "
-                            f"{', '.join(RECIPES.names())}")  # fmt: skip
+                            f"{', '.join(recipes.RECIPES.names())}")  # fmt: skip
         start = ("train", options.data)
     return PlannedRun(name, seed, folder, (*start, *chosen, *flags, *place))
 
@@ -348,8 +350,11 @@ MEASURES = {
 
 
 def comparison(options: CompareOptions, runs: Sequence[PlannedRun]) -> dict[str, Any]:
-    """Everything as plain data: the command of each run, its figures, what is missing, means and differences."""
-    results = [(run, result) for run in runs if (result := finished(run)) is not None]
+    """Everything as plain data: the command of each run, its figures, what is missing, means and differences.
+
+    AUCs of single classes stay in the runs' own results.json.
+    """
+    results = [(run, _without_classes(result)) for run in runs if (result := finished(run)) is not None]
     scores: dict[str, dict[int, dict[str, float]]] = {}
     for run, result in results:
         scores.setdefault(run.objective, {})[run.seed] = result["metrics"]
@@ -369,6 +374,11 @@ def comparison(options: CompareOptions, runs: Sequence[PlannedRun]) -> dict[str,
             for name, of_measure in summarise(ordered, options.chosen_reference).items()
         },
     }
+
+
+def _without_classes(result: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = {name: value for name, value in result["metrics"].items() if "/auc/" not in name}
+    return {**result, "metrics": metrics}
 
 
 def _plain(objective: Objective) -> dict[str, Any]:
@@ -491,12 +501,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     at = arguments.index("--") if "--" in arguments else len(arguments)
     options = read_flags(CompareOptions, arguments[:at], prog=PROG, description=DESCRIPTION)
+    # A scheduler's SIGTERM ends the runs as Ctrl-C does: they save, and nothing is left running.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with reported_errors(PROG):
             run(options, arguments[at + 1 :])
     except KeyboardInterrupt:
         print(f"{PROG}: stopped; the same command goes on where it was", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

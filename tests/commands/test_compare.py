@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from itemizedclip.commands.compare import (
     OBJECTIVES,
     CompareOptions,
     PlannedRun,
+    Runner,
     comparison,
     finished,
     main,
@@ -168,11 +173,12 @@ def test_the_finding_holds_commands_figures_and_what_is_missing(tmp_path):
     runs = plan(asked)
     for run in runs[:-1]:
         base = 0.8 if run.objective == "flair" else 0.7
-        finish(run, **{"zero_shot/macro_auc": base + 0.01 * run.seed})
+        finish(run, **{"zero_shot/macro_auc": base + 0.01 * run.seed, "zero_shot/auc/a red one": 0.5})
     found = comparison(asked, runs)
     assert found["missing"] == [runs[-1].command]
     assert [run["command"] for run in found["runs"]] == [run.command for run in runs[:-1]]
     assert found["reference"] == "flair"
+    assert found["runs"][0]["metrics"] == {"zero_shot/macro_auc": 0.7}
     paths = write_finding(asked, found)
     assert json.loads(paths[0].read_text()) == found
     table = paths[1].read_text()
@@ -204,6 +210,26 @@ def test_runs_are_done_in_parts_and_never_twice(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main([*command, *sizes, "--nonsense", "1"])
     assert "is of another command" in capsys.readouterr().err
+
+
+def test_a_stopped_comparison_leaves_no_run_behind(tmp_path, monkeypatch):
+    """The first of two runs is at work when the runner is stopped: it is ended, and the second never starts."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 300\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    first, second = plan(options(tmp_path / "out", objectives="clip", seeds=2))
+    runner = Runner(1)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(runner.run, first)
+        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        runner.stop()
+        assert done.result().startswith("clip, seed 0: ")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert runner.run(second) == "stopped"
+    assert finished(first) is None
 
 
 def test_a_run_that_fails_is_named(tmp_path, capsys, monkeypatch):
