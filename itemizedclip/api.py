@@ -246,7 +246,8 @@ def train(
     if dataset is None or model is None:
         raise UserError("train() takes model and dataset together, or neither for the recipe's own")
     tokenizer = factory.create_tokenizer(model.config)
-    collator = ItemCollator(tokenizer, options.loading.num_sampled_captions)
+    num_items = options.loading.num_sampled_captions
+    collator = ItemCollator(tokenizer, num_items, join_items=options.objective.joins_items)
     fingerprint = str(getattr(dataset, "fingerprint", ""))
     return engine.train(
         options,

@@ -24,6 +24,7 @@ from itemizedclip.data.batch import ItemCollator, Tokenizer
 from itemizedclip.data.scenes import LEVELS, SIZE_WORDS, ScenesDataset, class_labels, class_prompts
 from itemizedclip.evaluation.attention import item_maps
 from itemizedclip.evaluation.classification import ClassPrompts, MultiLabelEvaluator
+from itemizedclip.evaluation.contrast import ContrastEvaluator
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.explanation import ExplainEvaluator
 from itemizedclip.evaluation.results import EvaluationReport, format_measure, write_results
@@ -61,7 +62,8 @@ class ScenesData:
     """Itemized scenes: how many and how hard."""
 
     level: str = "lattice"
-    """Difficulty: lattice, easy, standard, crowded, or held_out (a fifth of the pairs never in training)."""
+    """Difficulty: lattice, easy, standard, crowded, held_out (a fifth of the pairs never in training), small, composed,
+    relations, counts, negations, or hard (all of these)."""
 
     num_train: int = 2400
     """Training scenes."""
@@ -159,7 +161,7 @@ def zero_shot_prompts(level: str) -> ClassPrompts:
 
 
 def scene_evaluators(test: ScenesDataset, tokenizer: Tokenizer, scoring: Scoring) -> list[Any]:
-    """Zero-shot over all colour-digit classes, retrieval, and explanation metrics with the scenes' masks.
+    """Zero-shot over all colour-digit classes, retrieval, contrasts, and explanation metrics with the scenes' masks.
 
     A head that no objective trained (`--baseline clip`) has nothing to explain.
     """
@@ -178,6 +180,7 @@ def scene_evaluators(test: ScenesDataset, tokenizer: Tokenizer, scoring: Scoring
         RetrievalEvaluator(
             test, tokenizer, name="retrieval", scoring=scoring, equal_texts_are_rivals=False, encoding=encoding
         ),
+        ContrastEvaluator(test, tokenizer, name="contrast", scoring=scoring, encoding=encoding),
     ]
     if scoring == "tcsim":
         # A map's peak is known to a patch: half of one (4 px) around the item's pen strokes still counts.
@@ -235,6 +238,7 @@ SUMMARY = {
     "retrieval/text_to_image_R@1": "retrieval text → image, first",
     "retrieval/text_to_image_R@10": "retrieval text → image, among the first ten",
     "retrieval/image_to_text_R@1": "retrieval image → text, first",
+    "contrast/mean": "right text rather than one wrong in one respect",
     "explain/pointing_game": "pointing game: attention peaks on the item",
     "explain/miou": "mIoU of attention and item",
     "explain/mll": "MLL: lowest score of an image's items (completeness)",

@@ -52,7 +52,7 @@ class SetSettings:
     """Measures over a set, instead of one input."""
 
     scenes: str | None = None
-    """Itemized scenes of this level (lattice, easy, standard, crowded, held_out): made here, with masks."""
+    """Itemized scenes of this level (such as lattice or hard, see docs/scenes.md): made here, with masks."""
 
     num_scenes: int = 500
     """Test scenes."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from itemizedclip.data.items import ITEM_SEPARATOR
 from itemizedclip.runtime.errors import UserError
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
@@ -142,17 +143,22 @@ class ItemCollator:
     Attributes:
         tokenizer: texts → int64 (N, C), padded on the right with 0; padding no text needs is cut off again.
         max_items: K. None means the longest sample of the batch (evaluation: no item is lost).
+        join_items: the items of an image, the first K, are one text: the batch has one slot.
     """
 
     tokenizer: Tokenizer
     max_items: int | None = None
+    join_items: bool = False
     _known: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, samples: Sequence[ItemSample]) -> ItemBatch:
         for sample in samples:
             if not sample.items:
                 raise BadSampleError(f"{sample.sample_id}: no text item; expected at least one. Remove or fix it.")
-        K = self.max_items or max(len(sample.items) for sample in samples)
+        if self.join_items:
+            joined = [ITEM_SEPARATOR.join(sample.items[: self.max_items]) for sample in samples]
+            samples = [replace(sample, items=[text]) for sample, text in zip(samples, joined)]
+        K = 1 if self.join_items else self.max_items or max(len(sample.items) for sample in samples)
         texts: list[str] = []
         item_mask = torch.zeros(len(samples), K, dtype=torch.bool)
         for row, sample in enumerate(samples):

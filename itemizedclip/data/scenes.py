@@ -2,7 +2,9 @@
 
 A scene shows a few real handwritten digits (`sklearn.datasets.load_digits`), each in a colour and a size, at random
 places of a textured background with distractors. Each digit is one item ("a small red seven") with the mask of its
-visible pixels, so zero-shot classes, pointing game and mIoU all have an exact answer.
+visible pixels, so zero-shot classes, pointing game and mIoU all have an exact answer. Harder levels have items that are
+not one digit: several of a kind, a relation, an absence, the scene as a whole. Contrasts are pairs of a right and a
+wrong text that differ in one respect.
 
 Axes: H, W image rows and columns (pixels), K items of one scene, N scenes, C classes (colour-digit pairs).
 """
@@ -13,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -42,6 +44,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE_WORDS = ("small", "large")
+DIRECTIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+"""Words of a relation and their opposites."""
 
 SPLIT_SHARES = {"train": 0.7, "valid": 0.1, "test": 0.2}
 """Share of each digit's handwritten images that a split may use."""
@@ -91,6 +95,16 @@ class SceneLevel:
     """Grain on the whole image: uniform in ± this many grey levels of 255."""
     held_out_fraction: float = 0.0
     """Share of the colour-digit pairs that only test scenes show (see `held_out_pairs`)."""
+    shared_kinds: int = 0
+    """All digits of a scene come from so many colours and so many digits, so that items share their parts; 0: any."""
+    max_copies: int = 1
+    """Most digits of one kind, which are one item ("two small red sevens"); every number is equally likely."""
+    num_relations: int = 0
+    """Most items like "a red seven left of a green two"; their mask is both digits."""
+    num_absent: int = 0
+    """Items like "no red two", whose mask is empty."""
+    scene_item: bool = False
+    """Whether an item tells of the scene as a whole ("five digits"); its mask is everything."""
 
     def __post_init__(self) -> None:
         rules = [
@@ -114,6 +128,14 @@ class SceneLevel:
                 "held_out_fraction, num_colours",
                 "0 … 0.5 and at most (num_colours − 1) / 10, so that training sees every colour and every digit",
             ),
+            (
+                self.shared_kinds == 0 or 2 <= self.shared_kinds <= min(self.num_colours, len(DIGIT_WORDS)),
+                "shared_kinds, num_colours",
+                "0, or 2 … num_colours",
+            ),
+            (1 <= self.max_copies < len(DIGIT_WORDS), "max_copies", "1 … 9"),
+            (self.num_relations >= 0 and self.num_absent >= 0, "num_relations, num_absent", "at least 0"),
+            (not self.scene_item or self.max_items < len(DIGIT_WORDS), "max_items", "at most 9 with scene_item"),
         ]
         for holds, field_names, expected in rules:
             if not holds:
@@ -127,6 +149,16 @@ class SceneLevel:
                 "pairs that training may show, since no scene shows a pair twice"
             )
 
+    @property
+    def max_texts(self) -> int:
+        """Most items of a scene, those that are no digit included."""
+        return self.max_items + self.num_relations + self.num_absent + self.scene_item
+
+
+_FIELDS_OF_VERSION_1 = 14
+"""So many fields of a level always count in its random streams; later ones only where they are not the default, so
+that levels from before them stay what they were."""
+
 
 LEVELS: dict[str, SceneLevel] = {
     level.name: level
@@ -138,10 +170,35 @@ LEVELS: dict[str, SceneLevel] = {
             "crowded", min_items=5, max_overlap=0.3, num_distractors=6, texture_amplitude=28, noise_amplitude=16
         ),
         SceneLevel("held_out", held_out_fraction=0.2),
+        SceneLevel(
+            "small", min_items=4, small_px=9, large_px=13, max_overlap=0.3, num_distractors=6, texture_amplitude=24
+        ),
+        SceneLevel("composed", min_items=3, max_items=6, shared_kinds=3, small_px=12, large_px=18),
+        SceneLevel("relations", max_items=5, shared_kinds=3, num_relations=2, small_px=12, large_px=18),
+        SceneLevel("counts", max_items=6, max_copies=3, scene_item=True, small_px=11, large_px=16),
+        SceneLevel("negations", max_items=5, shared_kinds=3, num_absent=2, small_px=12, large_px=18),
+        SceneLevel(
+            "hard",
+            min_items=3,
+            max_items=6,
+            small_px=11,
+            large_px=16,
+            max_overlap=0.3,
+            num_distractors=6,
+            texture_amplitude=28,
+            noise_amplitude=16,
+            held_out_fraction=0.2,
+            shared_kinds=3,
+            max_copies=2,
+            num_relations=1,
+            num_absent=1,
+            scene_item=True,
+        ),
     )
 }
 """Levels by name. "lattice" places digits on the corners of 8-px patches, which a small model learns within minutes;
-"held_out" is "standard" with a fifth of the colour-digit pairs kept for testing."""
+"held_out" is "standard" with a fifth of the colour-digit pairs kept for testing. "small" … "negations" are hard in one
+respect each, "hard" in all of them."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +217,43 @@ class ItemClass:
     @property
     def text(self) -> str:
         """For example "a small red seven"."""
-        return f"a {SIZE_WORDS[self.size]} {list(COLOURS)[self.colour]} {DIGIT_WORDS[self.digit]}"
+        return self.text_of(1)
+
+    def text_of(self, count: int) -> str:
+        """Of several such digits: "two small red sevens"."""
+        size, colour, digit = SIZE_WORDS[self.size], list(COLOURS)[self.colour], DIGIT_WORDS[self.digit]
+        if count == 1:
+            return f"a {size} {colour} {digit}"
+        return f"{DIGIT_WORDS[count]} {size} {colour} {digit}{'es' if digit == 'six' else 's'}"
+
+    @property
+    def name(self) -> str:
+        """Without its size and article: "red seven"."""
+        return _pair_name(self.pair)
+
+
+def _pair_name(pair: ClassPair) -> str:
+    return f"{list(COLOURS)[pair[0]]} {DIGIT_WORDS[pair[1]]}"
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two texts about one scene of which one is right, and which differ in one respect.
+
+    Attributes:
+        kind: "binding" (colour and digit are both in the scene, but not together), "number" (of digits of a kind),
+            "relation" (the opposite direction), "absence" (denied what is there), "scene" (number of all digits).
+        right: true of the scene.
+        wrong: not.
+    """
+
+    kind: str
+    right: str
+    wrong: str
 
 
 @dataclass(frozen=True)
@@ -182,14 +275,18 @@ class Placement:
 
 @dataclass
 class Scene:
-    """One scene; entry k of every list describes the same digit. Later digits lie over earlier ones.
+    """One scene. Later digits lie over earlier ones.
+
+    In levels whose items are digits, entry k of every list describes the same digit. Where there may be several of a
+    kind, the first items are the kinds in the order of their first digits; items that are no digit come last.
 
     Attributes:
         image: uint8 (H, W, 3), RGB.
         items: K texts, all different.
-        masks: bool (K, H, W), the visible pixels of each digit; disjoint, none empty.
-        classes: colour, digit and size of each item; no two share colour and digit.
-        placements: handwriting and position of each item.
+        masks: bool (K, H, W): the visible pixels of each item; of a relation those of both digits, of the whole scene
+            everything, of what is absent none.
+        classes: colour, digit and size of each digit; only those of one kind share colour and digit.
+        placements: handwriting and position of each digit.
     """
 
     image: np.ndarray
@@ -296,7 +393,9 @@ def _digest(*parts: object) -> bytes:
 
 @lru_cache(maxsize=64)
 def _level_text(level: SceneLevel) -> str:
-    return json.dumps({**asdict(level), "name": ""})
+    values = {**asdict(level), "name": ""}
+    later = [field for field in list(fields(level))[_FIELDS_OF_VERSION_1:] if values[field.name] == field.default]
+    return json.dumps({name: value for name, value in values.items() if name not in {field.name for field in later}})
 
 
 def _generator(*parts: object) -> np.random.Generator:
@@ -439,14 +538,130 @@ class _Rendered:
     owner: np.ndarray  # int8 (H, W): the item visible in a pixel, −1 for none
     classes: list[ItemClass]
     placements: list[Placement]
+    kinds: list[int]  # the item that each digit belongs to
+    extras: list[_Extra]  # items that are no digit, after those
+
+    @property
+    def items(self) -> list[str]:
+        counts = np.bincount(self.kinds).tolist()
+        of_kind = dict(zip(self.kinds, self.classes))
+        return [*(of_kind[k].text_of(counts[k]) for k in range(len(counts))), *(extra.text for extra in self.extras)]
+
+    @property
+    def masks(self) -> np.ndarray:
+        item_of_digit = np.array([*self.kinds, -1])  # the last entry is nobody's, −1
+        owner = item_of_digit[self.owner]
+        own = owner == np.arange(max(self.kinds) + 1)[:, None, None]
+        if not self.extras:
+            return own
+        return np.concatenate([own, np.stack([self._extra_mask(extra, owner) for extra in self.extras])])
+
+    def _extra_mask(self, extra: _Extra, owner: np.ndarray) -> np.ndarray:
+        if extra.kinds is None:
+            return np.ones(owner.shape, dtype=bool)
+        return np.isin(owner, list(extra.kinds)) if extra.kinds else np.zeros(owner.shape, dtype=bool)
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """An item that is no digit: its text, the wrong text beside it, and the kinds that it tells of (None: all)."""
+
+    contrast: Contrast
+    kinds: tuple[int, ...] | None
+
+    @property
+    def text(self) -> str:
+        return self.contrast.right
+
+
+def _absent_pairs(classes: list[ItemClass]) -> list[tuple[ItemClass, ClassPair]]:
+    """(a digit of the scene, the pair of its colour and another one's digit) wherever no digit is that pair."""
+    present = {c.pair for c in classes}
+    found = [(c, (c.colour, other.digit)) for c in classes for other in classes]
+    return [(c, pair) for c, pair in dict.fromkeys(found) if pair not in present]
+
+
+def _relations(rendered: _Rendered) -> list[tuple[int, str, int]]:
+    """(kind, direction, kind) wherever one digit clearly lies to one side of another, both the only ones of a kind."""
+    counts = np.bincount(rendered.kinds)
+    single = [(d, k) for d, k in enumerate(rendered.kinds) if counts[k] == 1]
+    where = {k: np.argwhere(rendered.owner == d).mean(0) for d, k in single}
+    far = rendered.owner.shape[0] / 8
+    found = []
+    for i, from_px in where.items():
+        for j, to_px in where.items():
+            down, right = (to_px - from_px).tolist()
+            if max(abs(down), abs(right)) < far or i == j:
+                continue
+            if abs(right) >= 2 * abs(down):
+                found.append((i, "left of" if right > 0 else "right of", j))
+            elif abs(down) >= 2 * abs(right):
+                found.append((i, "above" if down > 0 else "below", j))
+    return found
+
+
+def _extra_items(rendered: _Rendered, level: SceneLevel, rng: np.random.Generator) -> list[_Extra]:
+    """Relations, absences and the scene as a whole, as the level asks for, as far as the scene has any."""
+    of_kind = dict(zip(rendered.kinds, rendered.classes))
+    extras = []
+    if level.num_relations:
+        taken: set[frozenset[int]] = set()
+        candidates = _relations(rendered)
+        for row in rng.permutation(len(candidates)).tolist():
+            i, direction, j = candidates[row]
+            if len(taken) < level.num_relations and frozenset((i, j)) not in taken:
+                taken.add(frozenset((i, j)))
+                first, second = _with_article(of_kind[i].name), _with_article(of_kind[j].name)
+                texts = (f"{first} {word} {second}" for word in (direction, DIRECTIONS[direction]))
+                extras.append(_Extra(Contrast("relation", *texts), (i, j)))
+    if level.num_absent:
+        present = {c.pair for c in rendered.classes}
+        near = list(dict.fromkeys(pair for _, pair in _absent_pairs(rendered.classes)))
+        others = [pair for pair in class_pairs(level) if pair not in present and pair not in near]
+        # What is easily mistaken for something there comes first.
+        ordered = [near[row] for row in rng.permutation(len(near))] + [
+            others[row] for row in rng.permutation(len(others))
+        ]
+        for pair in ordered[: level.num_absent]:
+            there = rendered.classes[int(rng.integers(len(rendered.classes)))]
+            extras.append(_Extra(Contrast("absence", f"no {_pair_name(pair)}", f"no {there.name}"), ()))
+    if level.scene_item:
+        count = len(rendered.classes)
+        others = [n for n in range(level.min_items, level.max_items + 1) if n != count]
+        texts = [
+            f"{DIGIT_WORDS[n]} digits" for n in (count, others[int(rng.integers(len(others)))] if others else count + 1)
+        ]
+        extras.append(_Extra(Contrast("scene", *texts), None))
+    return extras
+
+
+def _shared(pairs: list[ClassPair], level: SceneLevel, rng: np.random.Generator) -> list[ClassPair]:
+    """The pairs of a few colours and a few digits; at least as many as the largest scene needs, if there are any."""
+    best: list[ClassPair] = []
+    for _ in range(16):
+        colours = set(rng.choice(level.num_colours, level.shared_kinds, replace=False).tolist())
+        digits = set(rng.choice(len(DIGIT_WORDS), level.shared_kinds, replace=False).tolist())
+        found = [pair for pair in pairs if pair[0] in colours and pair[1] in digits]
+        best = max(best, found, key=len)
+        if len(best) >= level.max_items:
+            break
+    return best
 
 
 def _render(level: SceneLevel, pairs: list[ClassPair], split: str, rng: np.random.Generator) -> _Rendered:
     handwriting = split_glyphs(split)
     K = int(rng.integers(level.min_items, level.max_items + 1))
+    if level.shared_kinds:
+        pairs = _shared(pairs, level, rng)
+        K = min(K, len(pairs))
     chosen = rng.choice(len(pairs), size=K, replace=False)
     sizes = rng.integers(len(SIZE_WORDS), size=K).tolist()
     classes = [ItemClass(pairs[row][0], pairs[row][1], size) for row, size in zip(chosen.tolist(), sizes)]
+    kinds = list(range(K))
+    if level.max_copies > 1:
+        copies = rng.integers(1, level.max_copies + 1, size=K)
+        kinds = np.repeat(np.arange(K), copies)[:K].tolist()
+        classes = [classes[k] for k in kinds]
     jitter = rng.integers(-level.size_jitter_px, level.size_jitter_px + 1, size=K).tolist()
     heights = [(level.small_px, level.large_px)[c.size] + j for c, j in zip(classes, jitter)]
     rows = [handwriting[c.digit][int(u * len(handwriting[c.digit]))] for c, u in zip(classes, rng.random(K))]
@@ -471,7 +686,9 @@ def _render(level: SceneLevel, pairs: list[ClassPair], split: str, rng: np.rando
     canvas += rng.integers(-noise, noise + 1, size=canvas.shape, dtype=np.int8)
     image = np.clip(canvas, 0, 255, out=canvas).astype(np.uint8)
     placements = [Placement(row, height, top + 1, left + 1) for row, height, (top, left) in zip(rows, heights, corners)]
-    return _Rendered(image, owner, classes, placements)
+    rendered = _Rendered(image, owner, classes, placements, kinds, [])
+    rendered.extras.extend(_extra_items(rendered, level, rng))
+    return rendered
 
 
 def _scatter_distractors(canvas: np.ndarray, owner: np.ndarray, level: SceneLevel, rng: np.random.Generator) -> None:
@@ -568,32 +785,48 @@ class ScenesDataset(Dataset[ItemSample]):
     def scene(self, index: int) -> Scene:
         """Scene `index` with everything known about it; IndexError outside 0 … len − 1."""
         rendered = self._render(index)
-        K = len(rendered.classes)
         return Scene(
             image=rendered.image.copy(),
-            items=[item_class.text for item_class in rendered.classes],
-            masks=rendered.owner == np.arange(K, dtype=np.int8)[:, None, None],
+            items=rendered.items,
+            masks=rendered.masks,
             classes=list(rendered.classes),
             placements=list(rendered.placements),
         )
 
     def masks(self, index: int) -> Tensor:
-        """bool (K, H, W): the visible pixels of each digit, in the scene's order (that of `shuffle_items=False`)."""
+        """bool (K, H, W): the visible pixels of each item, in the scene's order (that of `shuffle_items=False`)."""
         return torch.from_numpy(self.scene(index).masks)
 
     def classes(self, index: int) -> list[ItemClass]:
-        """Colour, digit and size of each item, in the scene's order."""
+        """Colour, digit and size of each digit, in the scene's order."""
         return list(self._render(index).classes)
 
     def items(self, index: int) -> list[str]:
         """The K texts of scene `index`, in the order of its masks."""
-        return [item_class.text for item_class in self.classes(index)]
+        return self._render(index).items
+
+    def contrasts(self, index: int) -> list[Contrast]:
+        """Right and wrong texts about scene `index`: one binding where the scene allows one, one per item of several
+        digits, and one per item that is no digit; the same at every call."""
+        rendered = self._render(index)
+        counts = np.bincount(rendered.kinds).tolist()
+        found = []
+        for item_class, pair in _absent_pairs(rendered.classes)[:1]:
+            count = counts[rendered.kinds[rendered.classes.index(item_class)]]
+            other = ItemClass(*pair, item_class.size)
+            found.append(Contrast("binding", item_class.text_of(count), other.text_of(count)))
+        for k, item_class in dict(zip(rendered.kinds, rendered.classes)).items():
+            if self.level.max_copies > 1:
+                # One more, or one fewer where that is more than a scene ever shows.
+                wrong = counts[k] + 1 if counts[k] < self.level.max_copies else counts[k] - 1
+                found.append(Contrast("number", item_class.text_of(counts[k]), item_class.text_of(wrong)))
+        return found + [extra.contrast for extra in rendered.extras]
 
     def __getitem__(self, key: int | tuple[int, int]) -> ItemSample:
         """Scene `index` of epoch `epoch`, key = (epoch, index) or just index (epoch 0); only the item order changes."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rendered = self._render(index)
-        items = [item_class.text for item_class in rendered.classes]
+        items = rendered.items
         if self.shuffle_items:
             draws = self._item_draws(int(epoch))[index, : len(items)]
             items = [items[k] for k in np.argsort(draws).tolist()]
@@ -604,10 +837,10 @@ class ScenesDataset(Dataset[ItemSample]):
         )
 
     def _item_draws(self, epoch: int) -> np.ndarray:
-        """float64 (num_scenes, max_items): what the items of each scene are sorted by; row i whatever the length."""
+        """float64 (num_scenes, max_texts): what the items of each scene are sorted by; row i whatever the length."""
         if self._draws is None or self._draws[0] != epoch:
             rng = _generator("item order", self.seed, epoch)
-            self._draws = (epoch, rng.random((self.num_scenes, self.level.max_items)))
+            self._draws = (epoch, rng.random((self.num_scenes, self.level.max_texts)))
         return self._draws[1]
 
     def _transformed(self, index: int, rendered: _Rendered) -> Tensor:

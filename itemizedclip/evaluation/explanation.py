@@ -129,7 +129,9 @@ class ExplainEvaluator:
         miou: mean IoU of the mask and the pixels above 0.5 of the map's maximum.
         miou_best, miou_best_threshold: the same at the one threshold of 0.05, 0.10 … 0.95 that is best on this very
             set; an upper bound, not a fair score.
-    Items whose mask is empty (cropped away) are left out of the last three.
+    Items whose mask is empty (absent, or cropped away) are left out of the last three. Where there are any, also:
+        nowhere_share_absent: attention of those on the zero token, where they should look.
+        nowhere_share_present: that of items with a mask that is not empty.
 
     Attributes:
         dataset: images with atomic items. Masks come from its `masks(index)`, bool (K, Y, X), of studies
@@ -234,6 +236,10 @@ class ExplainEvaluator:
                 f"token grid {tuple(grid)}; expected bool ({K}, {axes})"
             )
         size = tuple(masks_K.shape[1:])
+        is_empty_K = ~masks_K.flatten(1).any(1)
+        findings[0, _NUM_EMPTY] = is_empty_K.sum()
+        findings[0, _NOWHERE_EMPTY] = maps.nowhere.double().cpu()[is_empty_K.cpu()].sum()
+        findings[0, _NOWHERE_MASKED] = maps.nowhere.double().cpu()[~is_empty_K.cpu()].sum()
         # One at a time: a study's map at voxel size takes 100 MB.
         for k in masks_K.flatten(1).any(1).nonzero()[:, 0].tolist():
             enlarged, mask = upsample_maps(maps_KL[k : k + 1], grid, size), masks_K[k : k + 1]
@@ -253,7 +259,9 @@ class ExplainEvaluator:
 
 
 # Columns of what is kept of an image; sums over its items except for the first two.
-_LOWEST, _SIMILARITY, _NOWHERE, _NUM_ITEMS, _NUM_MASKS, _HITS, _IOUS = range(7)
+(
+    _LOWEST, _SIMILARITY, _NOWHERE, _NUM_ITEMS, _NUM_EMPTY, _NOWHERE_EMPTY, _NOWHERE_MASKED, _NUM_MASKS, _HITS, _IOUS,
+) = range(10)  # fmt: skip
 _COLUMNS = _IOUS + len(THRESHOLDS)
 
 
@@ -267,6 +275,10 @@ def _measures(findings_N: Tensor) -> dict[str, float]:
     similarities = findings_N[:, _SIMILARITY]
     if not similarities.isnan().all():
         table["mams"] = similarities.nanmean().item()
+    if totals[_NUM_EMPTY]:
+        table["nowhere_share_absent"] = (totals[_NOWHERE_EMPTY] / totals[_NUM_EMPTY]).item()
+        if totals[_NUM_MASKS]:
+            table["nowhere_share_present"] = (totals[_NOWHERE_MASKED] / totals[_NUM_MASKS]).item()
     if totals[_NUM_MASKS]:
         ious = totals[_IOUS:] / totals[_NUM_MASKS]
         best = int(ious.argmax())

@@ -69,6 +69,11 @@ def format_measure(name: str, value: float) -> str:
     leaf = name.rpartition("/")[2]
     if "rank" in leaf:
         return f"{value:.2f}"
-    if "R@" in leaf or leaf.startswith(("top", "complete@")) or leaf in ("pointing_game", "nowhere_share"):
+    if (
+        "R@" in leaf
+        or leaf.startswith(("top", "complete@"))
+        or leaf == "pointing_game"
+        or leaf.startswith("nowhere_share")
+    ):
         return f"{100 * value:.1f} %"
     return f"{value:.4f}"

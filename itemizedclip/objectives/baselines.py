@@ -1,7 +1,8 @@
 """Objectives to compare with: CLIP and SigLIP on global features, FLAIR as a choice of this project's own terms.
 
 CLIP and SigLIP know one text per image; here it is the image's first item of the step, and since items are shuffled in
-training, each of an image's items is as likely.
+training, each of an image's items is as likely. "concat" is CLIP on all of an image's items as one text, which the
+collator joins.
 
 Axes: B images on this rank, K item slots, N = B·K rows of the item table, W ranks, D joint width.
 """
@@ -35,6 +36,18 @@ def flair_options(options: ObjectiveOptions) -> ObjectiveOptions:
         normal_check=False,
         mask_duplicates=False,
     )
+
+
+def flair_own_options(options: ObjectiveOptions, B: int, K: int) -> ObjectiveOptions:
+    """FLAIR with the denominators of its released code: ½ (TCS / (K + B − 1) + MPS / (B·K)), where this project's are
+    B and B·K.
+
+    Args:
+        options: of the run.
+        B: images of this rank's batch.
+        K: item slots.
+    """
+    return replace(flair_options(options), ila_weight=B / (2 * (K + B - 1)), mps_weight=0.5)
 
 
 def clip_loss(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor) -> Tensor:
@@ -79,17 +92,17 @@ def siglip_loss(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, logit_bi
 def baseline_losses(
     inputs: LossInputs, logit_scale: Tensor, logit_bias: Tensor, options: ObjectiveOptions
 ) -> dict[str, Tensor]:
-    """CLIP's or SigLIP's loss on this rank, as "loss" and under its own name.
+    """CLIP's (on items or on joined items) or SigLIP's loss on this rank, as "loss" and under its own name.
 
     Args:
         inputs: features of this rank's batch; image tokens are not used. Every rank must hold the same B.
         logit_scale: τ, already exponentiated.
         logit_bias: β; CLIP has none.
-        options: `baseline` is "clip" or "siglip".
+        options: `baseline` is "clip", "concat" or "siglip".
     """
     B, K = inputs.item_mask_BK.shape
     text_BD = inputs.item_features_ND.view(B, K, -1)[:, 0]
-    if options.baseline == "clip":
+    if options.baseline in ("clip", "concat"):
         value = clip_loss(inputs.image_global_BD, text_BD, logit_scale)
     else:
         value = siglip_loss(inputs.image_global_BD, text_BD, logit_scale, logit_bias)

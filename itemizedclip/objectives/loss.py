@@ -62,7 +62,7 @@ class ObjectiveOptions:
     mask_duplicates: bool = False
     """A negative whose text reads like one of the image's own items carries no loss (not in the paper)."""
 
-    baseline: Literal["none", "clip", "siglip", "flair"] = "none"
+    baseline: Literal["none", "clip", "siglip", "concat", "flair", "flair_own"] = "none"
     """Train by another method instead, to compare; the rest of this group does not apply then."""
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class ObjectiveOptions:
     def uses_head(self) -> bool:
         """Whether any term asks the item-conditioned attention."""
         if self.baseline != "none":
-            return self.baseline == "flair"
+            return self.baseline in ("flair", "flair_own")
         return bool(self.ila_weight or self.kta_weight or self.iis_weight)
 
     @property
@@ -93,7 +93,12 @@ class ObjectiveOptions:
     @property
     def uses_bias(self) -> bool:
         """Whether the logit bias β takes part; a softmax has none."""
-        return self.baseline != "clip"
+        return self.baseline not in ("clip", "concat")
+
+    @property
+    def joins_items(self) -> bool:
+        """Whether an image's items are one text in training."""
+        return self.baseline == "concat"
 
     @property
     def checks(self) -> Checks:

@@ -143,7 +143,8 @@ def open_data(options: RunOptions, model: DualEncoder, ranks: Ranks) -> tuple[Tr
     if data is None:
         raise UserError(f"{type(options).__name__} has no group `data`; give it one whose open() returns TrainingData")
     tokenizer = create_tokenizer(model.config, fetch=is_shipped(options.model.model), source=options.model.model)
-    collator = ItemCollator(tokenizer, options.loading.num_sampled_captions)
+    num_items = options.loading.num_sampled_captions
+    collator = ItemCollator(tokenizer, num_items, join_items=options.objective.joins_items)
     return data.open(Opening(options, model, tokenizer, collator, ranks)), collator
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from itemizedclip.data.batch import ItemBatch
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.objectives.baselines import baseline_losses, flair_options
+from itemizedclip.objectives.baselines import baseline_losses, flair_options, flair_own_options
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions, itemized_losses
 from itemizedclip.objectives.terms import text_ids
 from itemizedclip.runtime.errors import UserError
@@ -93,10 +93,13 @@ class ItemizedTask(nn.Module):
         )
         scale = self.model.logit_scale.float().exp()
         bias = self.model.logit_bias.float()
-        if self.objective.baseline == "none":
-            losses = itemized_losses(self.model.head, inputs, scale, bias, self.objective)
+        objective = self.objective
+        if objective.baseline == "flair_own":
+            objective = flair_own_options(objective, *batch.item_mask.shape)
+        if objective.baseline == "none":
+            losses = itemized_losses(self.model.head, inputs, scale, bias, objective)
         else:
-            losses = baseline_losses(inputs, scale, bias, self.objective)
+            losses = baseline_losses(inputs, scale, bias, objective)
         return {**losses, "logit_scale": scale.detach(), "logit_bias": bias.detach()}
 
     def _encode_image(self, images: Tensor, series_names: Tensor | None) -> tuple[Tensor, Tensor]:

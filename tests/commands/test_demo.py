@@ -14,8 +14,8 @@ from itemizedclip.commands.cli import COMMANDS
 from itemizedclip.commands.cli import main as cli
 from itemizedclip.commands.demo import RECIPES, main
 
-MEASURES = {"zero_shot/macro_auc", "retrieval/text_to_image_R@1", "explain/pointing_game", "explain/miou",
-            "explain/mll", "explain/mams"}  # fmt: skip
+MEASURES = {"zero_shot/macro_auc", "retrieval/text_to_image_R@1", "contrast/binding", "explain/pointing_game",
+            "explain/miou", "explain/mll", "explain/mams"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_command_line(capsys):
 
 def test_wrong_flags_give_one_message(capsys):
     cases = {
-        "expected one of": ["--level", "hard"],
+        "expected one of": ["--level", "hopeless"],
         "nonsense": ["--nonsense"],
         "no recipe named x": ["--recipe", "x"],
     }

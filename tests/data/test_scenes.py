@@ -29,6 +29,9 @@ from itemizedclip.data.scenes import (
 
 NUM_SCENES = 60
 every_level = pytest.mark.parametrize("level", list(LEVELS))
+DIGIT_LEVELS = ["easy", "lattice", "standard", "crowded", "held_out", "small", "composed"]
+"""Every item is one digit."""
+digit_levels = pytest.mark.parametrize("level", DIGIT_LEVELS)
 
 
 def digest(dataset: ScenesDataset, indices: list[int]) -> str:
@@ -138,6 +141,45 @@ GOLDEN_ITEMS = {
         "a large cyan six",
         "a large white three",
     ],
+    "small": [
+        "a small cyan nine",
+        "a small blue five",
+        "a small magenta five",
+        "a large orange zero",
+    ],
+    "composed": [
+        "a large blue nine",
+        "a small magenta six",
+        "a large blue four",
+        "a large magenta nine",
+        "a small orange four",
+        "a small magenta four",
+    ],
+    "relations": [
+        "a large magenta eight",
+        "a small red six",
+    ],
+    "counts": [
+        "a large cyan one",
+        "two small magenta threes",
+        "two large white ones",
+        "a small blue three",
+        "six digits",
+    ],
+    "negations": [
+        "a large red seven",
+        "a small red zero",
+        "no orange four",
+        "no blue seven",
+    ],
+    "hard": [
+        "a large red two",
+        "two small magenta fives",
+        "two small magenta threes",
+        "a large cyan three",
+        "no cyan two",
+        "six digits",
+    ],
 }
 
 
@@ -145,6 +187,23 @@ def test_random_streams_have_not_drifted():
     """Items drawn for seed 0; raise GENERATOR_VERSION and renew when the generator changes on purpose."""
     drawn = {level: ScenesDataset(split="train", num_scenes=1, level=level).scene(0).items for level in LEVELS}
     assert drawn == GOLDEN_ITEMS
+
+
+FIRST_LEVELS = {
+    "easy": ("5bc5de9f9b2fc7a2", "7eda66a0880bbf2f"),
+    "lattice": ("539f2fff58ee9617", "6fa198a82844062a"),
+    "standard": ("f190a05e697c9a4a", "ddf180919210dbfd"),
+    "crowded": ("f82faa9295f501bf", "5cbd2eb8246d4c3a"),
+    "held_out": ("6b79efe8766b95ff", "3c2911fa7ea691e7"),
+}
+"""Scenes 0 … 19 of seed 3 of the levels there were first, their pixels, masks and items, made before there were others;
+and the fingerprints of these data sets."""
+
+
+def test_the_first_levels_stay_as_they_were():
+    datasets = {level: ScenesDataset(split="train", num_scenes=20, level=level, seed=3) for level in FIRST_LEVELS}
+    found = {level: (digest(data, list(range(20)))[:16], data.fingerprint) for level, data in datasets.items()}
+    assert found == FIRST_LEVELS
 
 
 def test_fingerprint_tells_datasets_apart():
@@ -196,9 +255,10 @@ def test_enlarged_digits_look_like_the_handwriting(height_px):
 # ------------------------------------------------------------------------------------------------ items and masks
 
 
-@every_level
+@digit_levels
 def test_texts_match_classes_and_never_repeat(level):
     dataset = scenes_of(level)
+    middle_px = (LEVELS[level].small_px + LEVELS[level].large_px) / 2
     counts = set()
     for n in range(NUM_SCENES):
         scene = dataset.scene(n)
@@ -207,12 +267,12 @@ def test_texts_match_classes_and_never_repeat(level):
         ]
         assert scene.items == expected
         assert len({(c.colour, c.digit) for c in scene.classes}) == len(scene.items) == len(scene.masks)
-        assert [p.height_px > 18 for p in scene.placements] == [c.size == 1 for c in scene.classes]
+        assert [p.height_px > middle_px for p in scene.placements] == [c.size == 1 for c in scene.classes]
         counts.add(len(scene.items))
     assert counts == set(range(LEVELS[level].min_items, LEVELS[level].max_items + 1))
 
 
-@every_level
+@digit_levels
 def test_masks_are_the_visible_pixels(level):
     dataset = scenes_of(level)
     for n in range(NUM_SCENES):
@@ -254,7 +314,7 @@ def gap_holds(dataset: ScenesDataset, *, same_colour_only: bool) -> bool:
     return True
 
 
-@every_level
+@digit_levels
 def test_mask_pixels_carry_the_items_colour(level):
     dataset = scenes_of(level)
     palette = np.array(list(COLOURS.values()))
@@ -272,6 +332,94 @@ def test_background_is_darker_than_the_digits():
         outside = np.median(scene.image[~scene.masks.any(0)].max(1))
         inside = [np.median(scene.image[mask].max(1)) for mask in scene.masks]
         assert min(inside) > outside + 80
+
+
+# ------------------------------------------------------------------------------------------------ more than digits
+
+
+MORE_LEVELS = ["relations", "counts", "negations", "hard"]
+
+
+def name_of(item_class) -> str:
+    return f"{list(COLOURS)[item_class.colour]} {DIGIT_WORDS[item_class.digit]}"
+
+
+@pytest.mark.parametrize("level", MORE_LEVELS)
+def test_items_of_harder_levels_are_true_and_wrong_texts_are_not(level):
+    """Each text is read word by word and compared with the digits and their masks."""
+    dataset, seen = scenes_of(level), set()
+    for n in range(NUM_SCENES):
+        scene = dataset.scene(n)
+        assert len(set(scene.items)) == len(scene.items) == len(scene.masks) <= LEVELS[level].max_texts
+        assert len(scene.classes) <= LEVELS[level].max_items
+        for text in scene.items:
+            assert is_true(text, scene), (n, text)
+        for contrast in dataset.contrasts(n):
+            assert is_true(contrast.right, scene), (n, contrast)
+            assert not is_true(contrast.wrong, scene), (n, contrast)
+            seen.add(contrast.kind)
+        assert dataset.contrasts(n) == scenes_of(level).contrasts(n)
+    level = LEVELS[level]
+    expected = {"binding", *["number"] * (level.max_copies > 1), *["relation"] * bool(level.num_relations)}
+    assert seen == expected | {*["absence"] * bool(level.num_absent), *["scene"] * level.scene_item}
+
+
+def is_true(text: str, scene) -> bool:
+    names = [name_of(c) for c in scene.classes]
+    mask_of = dict(zip(scene.items, scene.masks))
+    words = text.split()
+    if words[-1] == "digits":
+        if text in mask_of:
+            assert mask_of[text].all()
+        return DIGIT_WORDS.index(words[0]) == len(names)
+    if words[0] == "no":
+        if text in mask_of:
+            assert not mask_of[text].any()
+        return " ".join(words[1:]) not in names
+    for direction, axis, sign in (("left of", 1, 1), ("right of", 1, -1), ("above", 0, 1), ("below", 0, -1)):
+        first, found, second = text.partition(f" {direction} ")
+        if found:
+            places = []
+            for phrase in (first, second):
+                (own,) = [item for item in scene.items if item.endswith(f" {phrase.partition(' ')[2]}")
+                          and item.startswith("a ") and direction not in item and " of " not in item
+                          and not any(word in item.split() for word in ("above", "below"))]  # fmt: skip
+                places.append(mask_of[own])
+            if text in mask_of:
+                assert np.array_equal(mask_of[text], places[0] | places[1])
+            centres = [np.argwhere(place).mean(0) for place in places]
+            return sign * (centres[1] - centres[0])[axis] > 0
+    # A number, a size, a colour and a digit.
+    count = 1 if words[0] == "a" else DIGIT_WORDS.index(words[0])
+    digit = words[3] if words[0] == "a" else words[3].removesuffix("es" if words[3] == "sixes" else "s")
+    sizes = [("small", "large")[c.size] for c in scene.classes if name_of(c) == f"{words[2]} {digit}"]
+    if text in mask_of:
+        assert mask_of[text].sum() >= count * 5
+    return sizes == [words[1]] * count
+
+
+@pytest.mark.parametrize("level", ["composed", "relations", "negations", "hard"])
+def test_composed_scenes_share_colours_and_digits(level):
+    dataset = scenes_of(level)
+    for n in range(NUM_SCENES):
+        classes = dataset.classes(n)
+        assert max(len({c.colour for c in classes}), len({c.digit for c in classes})) <= LEVELS[level].shared_kinds
+
+
+@pytest.mark.parametrize("level", MORE_LEVELS)
+def test_digits_of_harder_levels_have_disjoint_masks(level):
+    dataset = scenes_of(level)
+    for n in range(NUM_SCENES):
+        scene = dataset.scene(n)
+        kinds = len({c.pair for c in scene.classes})
+        assert scene.masks[:kinds].sum(0).max() == 1
+        assert scene.masks[:kinds].any((1, 2)).all()
+
+
+def test_training_texts_of_harder_levels_are_all_of_them_in_another_order():
+    dataset = ScenesDataset(split="train", num_scenes=20, level="hard", shuffle_items=True)
+    for n in range(20):
+        assert sorted(dataset[(3, n)].items) == sorted(dataset.items(n))
 
 
 # ------------------------------------------------------------------------------------------------ classes
@@ -385,7 +533,10 @@ def test_other_image_sizes_work():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"level": "hard"}, "unknown scene level 'hard'; expected one of easy, lattice, standard, crowded, held_out"),
+        (
+            {"level": "hopeless"},
+            "unknown scene level 'hopeless'; expected one of easy, lattice, standard, crowded, held_out, small",
+        ),
         ({"split": "val"}, "split='val'; expected one of train, valid, test"),
         ({"num_scenes": 0}, "num_scenes=0; expected at least 1"),
         ({"seed": -1}, "seed=-1; expected at least 0"),
@@ -414,6 +565,10 @@ def test_bad_arguments_are_named(arguments, message):
         ({"held_out_fraction": 0.6}, "held_out_fraction=0.6"),
         ({"held_out_fraction": 0.2, "num_colours": 2}, "held_out_fraction=0.2, num_colours=2"),
         ({"num_colours": 2, "max_items": 21}, "max_items=21; expected at most 20"),
+        ({"shared_kinds": 1}, "shared_kinds=1, num_colours=8"),
+        ({"max_copies": 0}, "max_copies=0"),
+        ({"num_absent": -1}, "num_relations=0, num_absent=-1"),
+        ({"scene_item": True, "max_items": 12}, "max_items=12"),
     ],
 )
 def test_contradictory_levels_are_refused(fields, named):

@@ -14,7 +14,8 @@ from plain_loss import plain_losses
 from test_objectives import heads, ours, rank_inputs
 from toy import ToyModel, toy_options, toy_train
 
-from itemizedclip.objectives.baselines import baseline_losses, flair_options
+from itemizedclip.data.batch import ItemCollator, ItemSample
+from itemizedclip.objectives.baselines import baseline_losses, flair_options, flair_own_options
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions
 from itemizedclip.runtime.processes import leave_process_group
 from itemizedclip.training.options import ObjectiveSettings
@@ -46,7 +47,7 @@ def plain_siglip(images, texts) -> torch.Tensor:
     return total / n
 
 
-PLAIN = {"clip": plain_clip, "siglip": plain_siglip}
+PLAIN = {"clip": plain_clip, "siglip": plain_siglip, "concat": plain_clip}
 
 
 def loss_of(data: dict, baseline: str) -> dict[str, torch.Tensor]:
@@ -56,7 +57,7 @@ def loss_of(data: dict, baseline: str) -> dict[str, torch.Tensor]:
     return baseline_losses(inputs, torch.tensor(SCALE), torch.tensor(BIAS), ObjectiveOptions(baseline=baseline))
 
 
-@pytest.mark.parametrize("baseline", ["clip", "siglip"])
+@pytest.mark.parametrize("baseline", ["clip", "siglip", "concat"])
 def test_equals_a_loop_over_pairs(baseline):
     data = rank_inputs(3, 5, 3, 4)
     losses = loss_of(data, baseline)
@@ -111,7 +112,7 @@ def test_ranks_together_are_the_joined_batch(tmp_path):
             torch.testing.assert_close(grads, world * leaf.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("baseline", ["clip", "siglip", "flair"])
+@pytest.mark.parametrize("baseline", ["clip", "siglip", "concat", "flair", "flair_own"])
 def test_training_leaves_what_takes_no_part_as_it_is(tmp_path, baseline):
     result = toy_train(toy_options(tmp_path, objective=ObjectiveSettings(baseline=baseline, normal_check=True)))
     assert math.isfinite(result.losses["loss"])
@@ -119,6 +120,36 @@ def test_training_leaves_what_takes_no_part_as_it_is(tmp_path, baseline):
     torch.manual_seed(0)
     fresh = ToyModel().state_dict()
     same = {name for name in fresh if torch.equal(weights[name], fresh[name])}
-    assert ("visual_proj.attn.in_proj_weight" in same) is (baseline != "flair")
-    assert ("logit_bias" in same) is (baseline == "clip")
+    assert ("visual_proj.attn.in_proj_weight" in same) is ("flair" not in baseline)
+    assert ("logit_bias" in same) is (baseline in ("clip", "concat"))
     assert "image.patches.weight" not in same
+
+
+def test_flairs_own_denominators():
+    """½ (TCS / (K + B − 1) + MPS / (B·K)), with the sums taken by the loop, which divides by B and by B·K."""
+    B, K = 4, 3
+    head, plain = heads()
+    data = rank_inputs(5, B, K, 6)
+    losses = ours(head, data, flair_own_options(ObjectiveSettings(kta_weight=2, mask_duplicates=True), B, K))
+    plain_options = dataclasses.replace(ObjectiveOptions(), worst_positive_factor=1.0, ila_keep_rate=1.0)
+    expected = plain_losses(plain, [data], 0, torch.tensor(SCALE), torch.tensor(BIAS), plain_options)
+    torch.testing.assert_close(
+        losses["loss"], (expected["ila"] * B / (K + B - 1) + expected["mps"]) / 2, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_concat_joins_the_items_of_an_image_to_one_text():
+    seen: list[str] = []
+
+    def tokenizer(texts):
+        seen.extend(texts)
+        return torch.tensor([[len(text)] for text in texts])
+
+    samples = [
+        ItemSample("a", torch.zeros(3, 2, 2), ["red", "blue", "green"]),
+        ItemSample("b", torch.zeros(3, 2, 2), ["one"]),
+    ]
+    batch = ItemCollator(tokenizer, 2, join_items=True)(samples)
+    assert seen == ["red. blue", "one"]
+    assert batch.item_mask.tolist() == [[True], [True]]
+    assert samples[0].items == ["red", "blue", "green"]
