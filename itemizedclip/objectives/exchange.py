@@ -18,6 +18,7 @@ from torch import Tensor
 
 from itemizedclip.objectives.pairing import ItemRows
 from itemizedclip.runtime.collectives import rank, world_size
+from itemizedclip.runtime.timing import timed
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class _Received:
 
     def wait(self) -> None:
         if self.work is not None:
-            self.work.wait()
+            with timed("exchange"):
+                self.work.wait()
         self.work = self.sent = None
 
 

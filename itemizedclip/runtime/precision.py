@@ -44,6 +44,11 @@ class Precision:
     reason: str | None = None
     notice: str | None = None
 
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """In which the towers multiply matrices."""
+        return self.autocast_dtype or torch.float32
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context of every forward pass."""
         if self.autocast_dtype is None:

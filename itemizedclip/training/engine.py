@@ -31,6 +31,7 @@ from itemizedclip.runtime.collectives import all_reduce_max, all_reduce_sum, bar
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.logs import duration, logging_to_file, standard_error
 from itemizedclip.runtime.processes import Ranks, SetupError, Stopped, StopRequest, on_main, seed_step
+from itemizedclip.runtime.timing import timed
 from itemizedclip.training.folder import check_space, opened_folder
 from itemizedclip.training.loading import BatchSource, MapSource, StepBatch, worker_failure
 from itemizedclip.training.optimizer import set_lr
@@ -157,24 +158,28 @@ def train_step(run: Run, batch: ItemBatch) -> tuple[dict[str, Tensor], Tensor, b
     set_lr(run.optimizer, run.schedule(run.position.step))
     with run.precision.autocast():
         outputs = run.module(batch)
-    run.scaler.scale(outputs["loss"]).backward()
+    with timed("towers"):
+        run.scaler.scale(outputs["loss"]).backward()
     if not run.gradients_checked:
         check_gradients(run.task)
         run.gradients_checked = True
-    run.scaler.unscale_(run.optimizer)
     clip = float("inf") if settings.grad_clip_norm is None else settings.grad_clip_norm
-    norm = torch.nn.utils.clip_grad_norm_(run.task.parameters(), clip)
+    with timed("optimizer"):
+        run.scaler.unscale_(run.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(run.task.parameters(), clip)
     is_bad = ~(torch.isfinite(outputs["loss"]) & torch.isfinite(norm))
     wants_stop = torch.tensor(run.stop.signal is not None, device=is_bad.device)
-    flags = all_reduce_max(torch.stack([is_bad, wants_stop]).to(torch.int64)).tolist()
+    with timed("exchange"):
+        flags = all_reduce_max(torch.stack([is_bad, wants_stop]).to(torch.int64)).tolist()
     if flags[0]:
         _skip_update(run, batch, bool(is_bad), outputs["loss"])
-    else:
-        run.scaler.step(run.optimizer)
-        run.nonfinite_in_a_row = 0
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.model.clamp_logit_scale()
+    with timed("optimizer"):
+        if not flags[0]:
+            run.scaler.step(run.optimizer)
+            run.nonfinite_in_a_row = 0
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.model.clamp_logit_scale()
     return {name: value.detach() for name, value in outputs.items()}, norm, bool(flags[1])
 
 
@@ -264,7 +269,8 @@ def train_epoch(run: Run, tracker: Tracker, progress: ProgressView) -> bool:
         run.bad_samples.add(run.position.epoch, loaded.skipped)
         if run.position.step == 0:
             _warn_of_duplicates(run, loaded.batch)
-        outputs, norm, stop = train_step(run, loaded.batch)
+        with run.meter.step():
+            outputs, norm, stop = train_step(run, loaded.batch)
         _advance(run, loaded)
         _record(run, tracker, progress, outputs, norm)
         if stop:
@@ -348,12 +354,6 @@ def _record(run: Run, tracker: Tracker, progress: ProgressView, outputs: dict[st
     names = [name for name in outputs if name not in ("logit_scale", "logit_bias")]
     means = all_reduce_sum(torch.stack([outputs[name].float() for name in names])) / run.ranks.world_size
     losses = dict(zip(names, means.tolist()))
-    elapsed = perf_counter() - meter.started
-    speed = {
-        "images_per_s": run.global_batch * meter.steps / elapsed,
-        "step_s": elapsed / meter.steps,
-        "data_wait_s": meter.wait_s / meter.steps,
-    }
     values = {
         "epoch": where.epoch + 1,
         "samples": where.samples_seen,
@@ -362,7 +362,7 @@ def _record(run: Run, tracker: Tracker, progress: ProgressView, outputs: dict[st
         "logit_scale": float(outputs["logit_scale"]),
         "logit_bias": float(outputs["logit_bias"]),
         "grad_norm": float(norm),
-        **speed,
+        **meter.speed(run.global_batch),
         "peak_memory_mib": peak_memory_mib(run.ranks.device),
         "skipped_samples": _report_skips(run),
     }
@@ -410,6 +410,7 @@ def _announce(run: Run) -> None:
         run.ranks.world_size, run.ranks.device.type, run.options.optimizer.epochs, run.source.steps_per_epoch,
         run.global_batch,
     )  # fmt: skip
+    logger.info("matrix products on this device: %.3g TFLOP/s; mfu is the share a step reaches", run.meter.rate / 1e12)
 
 
 def _summarise(run: Run, result: TrainResult, steps: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from itemizedclip.runtime.precision import Precision, resolve_precision
 from itemizedclip.runtime.processes import Ranks, SetupError, StopRequest, launch, leaving_at_once, main_first, on_main
 from itemizedclip.training.checkpoint import new_run_id
 from itemizedclip.training.loading import BatchSource
+from itemizedclip.training.meter import Meter
 from itemizedclip.training.optimizer import create_optimizer, create_schedule
 from itemizedclip.training.options import RunOptions
 from itemizedclip.training.task import ItemizedTask
@@ -82,18 +83,6 @@ class Position:
 
 
 @dataclass
-class Meter:
-    """Sums since the last logged step."""
-
-    started: float = field(default_factory=perf_counter)
-    steps: int = 0
-    wait_s: float = 0.0
-
-    def reset(self) -> None:
-        self.started, self.steps, self.wait_s = perf_counter(), 0, 0.0
-
-
-@dataclass
 class Run:
     """Everything a run is made of; built once by `build`."""
 
@@ -115,10 +104,10 @@ class Run:
     transform: dict[str, Any]
     bad_samples: BadSampleCounter
     stop: StopRequest
+    meter: Meter
     tracking: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
-    meter: Meter = field(default_factory=Meter)
     nonfinite_in_a_row: int = 0
     skip_messages: list[str] = field(default_factory=list)
     gradients_checked: bool = False
@@ -198,6 +187,7 @@ def build(
         transform=transform,
         bad_samples=BadSampleCounter(samples_per_epoch, options.loading.max_bad_fraction),
         stop=stop,
+        meter=Meter(ranks.device, precision.matmul_dtype, counts=not settings.torchcompile),
     )
 
 

@@ -22,6 +22,7 @@ from itemizedclip.objectives.baselines import baseline_losses, flair_options, fl
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions, itemized_losses
 from itemizedclip.objectives.terms import text_ids
 from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.timing import timed
 
 Parts = Sequence[nn.Module | nn.Parameter]
 
@@ -78,12 +79,18 @@ class ItemizedTask(nn.Module):
         Args:
             batch: this rank's contrastive batch, on the model's device; the same B and K on every rank.
         """
-        chunks = batch.chunk(self.num_chunks)
+        with timed("towers"):
+            inputs = self.encode(batch)
+        with timed("loss"):
+            return self.losses(inputs)
+
+    def encode(self, batch: ItemBatch) -> LossInputs:
+        """What both towers make of a batch, in chunks where gradient caching asks for them."""
         images, texts = [], []
-        for chunk in chunks:
+        for chunk in batch.chunk(self.num_chunks):
             images.append(self._recomputed(self._encode_image, self.image_is_frozen, chunk.images, chunk.series_names))
             texts.append(self._recomputed(self._encode_text, self.text_is_frozen, chunk.item_tokens))
-        inputs = LossInputs(
+        return LossInputs(
             image_global_BD=torch.cat([global_BD for global_BD, _ in images]).float(),
             image_tokens_BLD=torch.cat([tokens_BLD for _, tokens_BLD in images]),
             item_features_ND=torch.cat(texts).float(),
@@ -91,6 +98,9 @@ class ItemizedTask(nn.Module):
             is_normal_B=batch.is_normal,
             item_ids_N=text_ids(batch.item_tokens.flatten(0, 1)) if self.objective.mask_duplicates else None,
         )
+
+    def losses(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """The scalars that `forward` returns."""
         scale = self.model.logit_scale.float().exp()
         bias = self.model.logit_bias.float()
         objective = self.objective

@@ -24,6 +24,7 @@ from rich.text import Text
 from itemizedclip.runtime.files import parse_json, write_json, written_whole
 from itemizedclip.runtime.logs import duration
 from itemizedclip.training.folder import TrackingError, explain_failed_write
+from itemizedclip.training.meter import PARTS
 from itemizedclip.training.options import LoggingSettings
 
 logger = logging.getLogger(__name__)
@@ -327,4 +328,8 @@ def _numbers(values: Mapping[str, float]) -> str:
         shown.append(f"{values['images_per_s']:.3g} images/s")
     if "data_wait_s" in values and values.get("step_s"):
         shown.append(f"data wait {100 * values['data_wait_s'] / values['step_s']:.0f}%")
+        parts = [part for part in PARTS if f"{part}_s" in values]
+        shown += [f"{part} {100 * values[f'{part}_s'] / values['step_s']:.0f}%" for part in parts]
+    if "mfu" in values:
+        shown.append(f"{values['tflop_per_s']:.3g} TFLOP/s ({100 * values['mfu']:.0f}% mfu)")
     return "  ".join(shown)

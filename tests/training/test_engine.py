@@ -362,7 +362,12 @@ def test_a_run_leaves_its_folder_and_learns(tmp_path):
     assert lines[-1].keys() >= {
         "epoch", "samples", "loss", "ila", "kta", "mps", "iis", "lr", "logit_scale", "logit_bias", "grad_norm",
         "images_per_s", "step_s", "data_wait_s", "peak_memory_mib", "skipped_samples",
+        "towers_s", "loss_s", "exchange_s", "optimizer_s", "tflop_per_s", "mfu",
     }  # fmt: skip
+    parts = sum(lines[-1][f"{part}_s"] for part in ("towers", "loss", "exchange", "optimizer"))
+    assert 0 < parts + lines[-1]["data_wait_s"] <= lines[-1]["step_s"], "no second is counted twice"
+    flop = [line["tflop_per_s"] * line["step_s"] for line in lines]
+    assert flop == pytest.approx(flop[:1] * len(flop)), "counted once, at the first step"
     assert lines[-1]["samples"] == 80
     weights = options.objective
     total = sum(getattr(weights, f"{term}_weight") * lines[3][term] for term in ("ila", "kta", "mps", "iis"))
