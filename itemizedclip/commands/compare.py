@@ -271,7 +271,7 @@ class Runner:
             with self._lock:
                 if self._stopped:
                     return "stopped"
-                process = subprocess.Popen(
+                process = subprocess.Popen(  # noqa: S603  our own interpreter and flags
                     [sys.executable, "-m", "itemizedclip", *run.arguments],
                     stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
                 )  # fmt: skip
