@@ -105,7 +105,7 @@ class ItemizedTask(nn.Module):
         bias = self.model.logit_bias.float()
         objective = self.objective
         if objective.baseline == "flair_own":
-            objective = flair_own_options(objective, *batch.item_mask.shape)
+            objective = flair_own_options(objective, *inputs.item_mask_BK.shape)
         if objective.baseline == "none":
             losses = itemized_losses(self.model.head, inputs, scale, bias, objective)
         else:
