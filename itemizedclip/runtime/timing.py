@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -45,10 +45,10 @@ def processor_mark() -> Mark:
 
 def cuda_mark() -> Mark:
     """When the GPU has done what it was given so far."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    mark: Mark = event
-    return mark
+    cuda: Any = torch.cuda  # its events are not typed in every version
+    event: Mark = cuda.Event(enable_timing=True)
+    event.record()  # type: ignore[attr-defined]
+    return event
 
 
 _running: ContextVar[Stopwatch | None] = ContextVar("running", default=None)
@@ -121,7 +121,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.
     """FLOP per second of large matrix products, the best of those that fit into about `seconds`."""
     size = 4096 if device.type == "cuda" else 768
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     _ = matrix @ matrix  # sets libraries up
     wait()
     best, started = float("inf"), perf_counter()
