@@ -92,10 +92,10 @@ class ItemBatch:
 
     def chunk(self, num_chunks: int) -> list[ItemBatch]:
         """Split along the batch into `num_chunks` near-equal parts (fewer when the batch is smaller)."""
-        bounds = torch.tensor_split(torch.arange(len(self)), min(num_chunks, len(self)))
-        parts = []
-        for rows in bounds:
-            cut = slice(int(rows[0]), int(rows[-1]) + 1)
+        parts, start = [], 0
+        size, larger = divmod(len(self), min(num_chunks, len(self)))
+        for number in range(min(num_chunks, len(self))):
+            cut = slice(start, start := start + size + (number < larger))
             values: dict[str, Any] = {
                 f.name: None if (value := getattr(self, f.name)) is None else value[cut] for f in fields(self)
             }

@@ -90,6 +90,10 @@ class DualEncoder(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define encode_image")
 
+    def input_shape(self, num_series: int = 1) -> tuple[int, ...]:
+        """Shape of one image, or of one study of so many series, at the size the config names."""
+        raise NotImplementedError(f"{type(self).__name__} does not define input_shape")
+
     def encode_text(self, tokens_NC: Tensor) -> Tensor:
         """Text features (N, D) of int64 tokens (N, C), not normalised."""
         raise NotImplementedError(f"{type(self).__name__} does not define encode_text")

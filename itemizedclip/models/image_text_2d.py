@@ -174,6 +174,10 @@ class ItemizedCLIP2D(DualEncoder):
         pooled, tokens = self.visual(images)
         return ImageFeatures(self.image_post(pooled), self.image_post(tokens), tuple(self.visual.grid_size))
 
+    def input_shape(self, num_series: int = 1) -> tuple[int, ...]:
+        """(3, H, W)."""
+        return (3, *self.visual.image_size)
+
     def encode_text(self, tokens_NC: Tensor) -> Tensor:
         """Features (N, D) at the end-of-text token; C may be shorter than the context length.
 

@@ -111,6 +111,10 @@ class RadiologyItemizedCLIP(DualEncoder):
         tokens, grid = self.visual(images, series_names)
         return ImageFeatures(tokens[:, 0], tokens[:, 1:], grid)
 
+    def input_shape(self, num_series: int = 1) -> tuple[int, ...]:
+        """(S, 1, D, H, W)."""
+        return (num_series, 1, *self.visual.trunk.config.volume_size)
+
     def encode_text(self, tokens_NC: Tensor) -> Tensor:
         """Features (N, D) of the class token; columns that only hold padding may be cut beforehand."""
         return self.text(tokens_NC)
