@@ -29,7 +29,7 @@ from itemizedclip.models.factory import load_pretrained
 from itemizedclip.viewer.explanation import Explainer, Explanation, explain_input
 from itemizedclip.viewer.geometry import Geometry
 from itemizedclip.viewer.inputs import InputView, ModelInput, photograph_input
-from itemizedclip.viewer.page.html import described_items, pack_array, report_html
+from itemizedclip.viewer.page.html import described_items, pack_array, report_html, rounded_hu
 from itemizedclip.viewer.page.serve import (
     ASK_PATH,
     MAX_CHARACTERS,
@@ -634,3 +634,14 @@ def test_help_lists_every_flag(capsys):
     out = capsys.readouterr().out
     for flag in ("--checkpoint", "--items", "--items-file", "--output", "--serve", "--port", "--model", "--device"):
         assert flag in out
+
+
+def test_rounded_hu_stay_within_half_a_step():
+    values = np.arange(-1024, 3072, dtype=np.int16)
+    steps, middles = rounded_hu(values)
+    off = np.abs(middles[steps].astype(int) - values)
+    soft = (values >= -200) & (values < 300)
+    assert (off[soft].max(), off[values < -200].max(), off[values >= 300].max()) == (2, 8, 18)
+    assert steps.dtype == np.uint8
+    outside, _ = rounded_hu(np.array([-32768, -2000, 5000, 32767], dtype=np.int16))
+    assert outside.tolist() == [0, 0, 253, 253]

@@ -555,6 +555,21 @@ def test_picture_of_the_view(show, tmp_path):
     assert (saved[height + 16 :].max(-1) > 150).sum() > 300  # the lines of text below
 
 
+def test_large_volumes_are_shown_to_the_step(show, monkeypatch):
+    monkeypatch.setattr("itemizedclip.viewer.page.html.MOST_EXACT_VOXELS", 1000)
+    explanation = scan()
+    values = explanation.source.views[0].values
+    page = show(explanation)
+    middle = slice_of(page)[0] - 1
+    for x, y in ((0.5, 0.5), (0.2, 0.8), (0.7, 0.3), (0.9, 0.1)):
+        text = hover(page, x, y)
+        found = int(re.search(r"about (−?\d+) HU", text)[1].replace("−", "-"))
+        row, column = (int(re.search(rf"{word} (\d+)", text)[1]) - 1 for word in ("row", "column"))
+        value = int(values[middle, row, column])
+        assert abs(found - value) <= (2 if -200 <= value < 300 else 8 if value < -200 else 18)
+    assert "HU rounded" in page.find("#notes").get_attribute("textContent")
+
+
 # --- two items --------------------------------------------------------------------------------------------------------
 
 

@@ -503,7 +503,7 @@ function readOut(event, canvas) {
 function describe(plane, voxel) {
   const { view } = plane, [d, h, w] = voxel, value = view.valueAt(voxel);
   const parts = isVolume(view)
-    ? [`slice ${d + 1}, row ${h + 1}, column ${w + 1}`, view.unit === "hu" ? `${decimal(value, 0)} HU` : `grey ${value}`]
+    ? [`slice ${d + 1}, row ${h + 1}, column ${w + 1}`, view.unit === "hu" ? `${view.values.table ? "about " : ""}${decimal(value, 0)} HU` : `grey ${value}`]
     : [`row ${h + 1}, column ${w + 1}`, `RGB ${value.join(" ")}`];
   const world = view.worldOf(voxel.map((n) => n + 0.5));
   if (world) parts.push(`${world.map((mm, axis) => `${["LR", "PA", "IS"][axis][mm < 0 ? 0 : 1]} ${Math.abs(mm).toFixed(1)}`).join(" ")} mm`);

@@ -41,11 +41,21 @@ function blockText(id) {
 
 const unpackedBlocks = new Map(); // windows of one series share their voxels
 
+/** HU of values that are stored as numbers of steps. */
+function inTable(steps, table) {
+  const known = Int16Array.from(table), array = new Int16Array(steps.length);
+  for (let i = 0; i < steps.length; i++) array[i] = known[steps[i]];
+  return array;
+}
+
 /** The values of a block with their range, unpacked once. */
 function unpackedBlock(values) {
   if (!unpackedBlocks.has(values.block)) {
     const unpacking = unpackArray({ ...values, data: blockText(values.block) });
-    unpackedBlocks.set(values.block, unpacking.then((array) => ({ array, range: rangeOf(array) })));
+    unpackedBlocks.set(values.block, unpacking.then((steps) => {
+      const array = values.table ? inTable(steps, values.table) : steps;
+      return { array, range: rangeOf(array) };
+    }));
   }
   return unpackedBlocks.get(values.block);
 }

@@ -40,6 +40,12 @@ MOST_LOSSLESS_PIXELS = 4_000_000
 LONGEST_SIDE = 8192
 """Larger photographs are shown at this size: browsers refuse to draw pictures beyond some 16,000 pixels."""
 
+MOST_EXACT_VOXELS = 40_000_000
+"""HU of larger volumes are stored in steps of one byte (`HU_STEPS`), which halves the page."""
+
+HU_STEPS = np.concatenate([np.arange(-1024, -200, 16), np.arange(-200, 300, 4), np.arange(300, 3072, 36)])
+"""Lowest HU of each of 254 steps: 4 HU wide where soft tissue lies, 16 below, 36 above."""
+
 _MANTISSA_BITS = 12
 """Attention is kept to this many binary digits (1 in 8,000), which halves its size."""
 
@@ -90,6 +96,11 @@ def report_html(
     for number, view in enumerate(source.views):
         fitting, reason = _fitting_picture(view)
         notes += [reason] if reason else []
+        if _is_rounded(view):
+            notes.append(
+                f"{view.name}: {view.values.size / 1e6:.0f} million voxels, HU rounded to steps of 4 between −200 and "
+                "300, 16 below and 36 above; `itemizedclip explain` writes them exactly, as NIfTI"
+            )
         first = next(one.views[0] for one in series if number in one.views)
         packed = views[first]["values"] if first < number else _packed(fitting, f"view-{number}", blocks)
         views.append(_described_view(fitting) | {"values": packed})
@@ -209,9 +220,37 @@ def _shortened(values: np.ndarray) -> np.ndarray:
 
 def _packed(view: InputView, block: str, blocks: dict[str, str]) -> dict[str, Any]:
     """Where the page finds the values of a view, which go into `blocks`."""
-    packed = _packed_picture(view.values) if view.unit == "rgb" else pack_array(view.values)
+    if view.unit == "rgb":
+        packed = _packed_picture(view.values)
+    elif _is_rounded(view):
+        steps, middles = rounded_hu(view.values)
+        packed = pack_array(steps) | {"table": middles.tolist()}
+    else:
+        packed = pack_array(view.values)
     blocks[block] = packed.pop("data")
     return {**packed, "block": block}
+
+
+def _is_rounded(view: InputView) -> bool:
+    return view.unit == "hu" and view.values.size > MOST_EXACT_VOXELS
+
+
+def rounded_hu(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """HU in steps of one byte.
+
+    Args:
+        values: int16.
+
+    Returns:
+        uint8 numbers of steps in the shape of `values`, and int16 (254,), the HU that each stands for: its middle.
+        Values below or above all steps count as the lowest or the highest.
+    """
+    limits = np.iinfo(np.int16)
+    numbers = np.searchsorted(HU_STEPS, np.arange(limits.min, limits.max + 1), side="right") - 1
+    table = np.clip(numbers, 0, len(HU_STEPS) - 1).astype(np.uint8)
+    middles = (HU_STEPS + np.append(HU_STEPS[1:], 3072)) // 2
+    # As unsigned numbers int16 count from 0 up, then the negative ones.
+    return np.roll(table, limits.min)[values.view(np.uint16)], middles.astype(np.int16)
 
 
 def _described_view(view: InputView) -> dict[str, Any]:
