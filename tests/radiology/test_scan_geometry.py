@@ -341,6 +341,18 @@ def test_sform_and_qform_that_disagree(tmp_path):
     assert "sform and qform lie up to 138 mm apart, and one mirrors the other; the sform is taken" in warning
 
 
+def test_an_sform_of_unit_voxels_gives_way(tmp_path):
+    affine = affine_of("RAS", SPACING, SHAPE)
+    image = nibabel.Nifti1Image(head(world_of(SHAPE, affine)), affine)
+    image.set_qform(affine, code=1)
+    image.set_sform(np.eye(4), code=1)
+    image.header.set_zooms(SPACING)
+    nibabel.save(image, tmp_path / "t2.nii.gz")
+    assert_cube(tmp_path / "t2.nii.gz", tmp_path, max(SPACING))
+    (warning,) = open_input(tmp_path / "t2.nii.gz", BRAIN).warnings
+    assert "the qform is taken, whose voxel sizes are the header's" in warning
+
+
 # --- several volumes, other images, gaps -----------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
-from nibabel.affines import apply_affine
+from nibabel.affines import apply_affine, voxel_sizes
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip_radiology.data.scans import MAX_VOXELS, Scan, is_plausible, plain_voxels, plane_of
@@ -53,7 +53,6 @@ def read_nifti(path: Path, *, fill: bool = False) -> list[Scan]:
     """
     if not path.is_file():
         raise BadSampleError(f"{path}: no such file; {_EXPECTED}")
-    notes: list[str] = []
     warnings: list[str] = []
     try:
         image: Any = nibabel.load(path)
@@ -74,14 +73,14 @@ def read_nifti(path: Path, *, fill: bool = False) -> list[Scan]:
         raise BadSampleError(f"{path}: {blocks[0].dtype} volume of {sizes}; {_EXPECTED}, two voxels each at least")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-15:
         raise BadSampleError(f"{path}: its affine has no inverse; expected a valid sform or qform: convert it again")
+    affine = _of_forms(path, image.header, affine, blocks[0].shape, warnings)
     affine = _in_mm(path, image.header, affine, blocks[0].shape, warnings)
-    _remark_on_forms(path, image.header, blocks[0].shape, notes, warnings)
     labels = _labels(path, shape, kept)
     stem = nifti_stem(path)
     columns = np.sqrt((affine[:3, :3] ** 2).sum(0))
     plane = plane_of(affine[:, [2, 1, 0, 3]]) if columns[2] > 1.5 * columns[:2].max() else None
     return [
-        Scan(f"{stem}_{label}" if label else stem, plain_voxels(block, path, fill=fill), affine, path, "", notes,
+        Scan(f"{stem}_{label}" if label else stem, plain_voxels(block, path, fill=fill), affine, path, "", [],
              warnings if number == 0 else [], plane)
         for number, (label, block) in enumerate(zip(labels, blocks))
     ]  # fmt: skip
@@ -157,8 +156,12 @@ def _in_mm(path: Path, header: Any, affine: np.ndarray, shape: tuple[int, ...], 
     return converted
 
 
-def _remark_on_forms(path: Path, header: Any, shape: Sequence[int], notes: list[str], warnings: list[str]) -> None:
-    """Say which of sform and qform was taken where that matters."""
+def _of_forms(path: Path, header: Any, affine: np.ndarray, shape: Sequence[int], warnings: list[str]) -> np.ndarray:
+    """The affine that is taken, and which of sform and qform it is where that matters.
+
+    The sform, as everywhere, unless its voxel sizes are not those of the header and the qform's are: some programs
+    leave an sform of 1 mm voxels behind.
+    """
     sform, sform_code = header.get_sform(coded=True)
     try:
         qform, qform_code = header.get_qform(coded=True)
@@ -173,9 +176,16 @@ def _remark_on_forms(path: Path, header: Any, shape: Sequence[int], notes: list[
         corners = np.array(np.meshgrid(*[[0, n - 1] for n in shape], indexing="ij")).reshape(3, -1).T
         apart = float(np.linalg.norm(apply_affine(sform, corners) - apply_affine(qform, corners), axis=1).max())
         if apart > _FORMS_APART_MM:
+            told = np.array([float(mm) for mm in header.get_zooms()[:3]])
+            by_qform = not np.allclose(voxel_sizes(sform), told, rtol=0.01) and np.allclose(
+                voxel_sizes(qform), told, rtol=0.01
+            )
             mirrored = np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
             sides = ", and one mirrors the other" if mirrored else ""
+            taken = "the qform is taken, whose voxel sizes are the header's" if by_qform else "the sform is taken"
             warnings.append(
-                f"{path.name}: sform and qform lie up to {apart:.3g} mm apart{sides}; the sform is taken (left and "
-                "right hang on it)"
+                f"{path.name}: sform and qform lie up to {apart:.3g} mm apart{sides}; {taken} (left and right hang on "
+                "it)"
             )
+            return np.asarray(qform, dtype=np.float64) if by_qform else affine
+    return affine
