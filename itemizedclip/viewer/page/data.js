@@ -41,11 +41,17 @@ function blockText(id) {
 
 const unpackedBlocks = new Map(); // windows of one series share their voxels
 
-/** HU of values that are stored as numbers of steps. */
+/** HU of values that are stored as numbers of steps, and their range: one pass, as these volumes are large. */
 function inTable(steps, table) {
   const known = Int16Array.from(table), array = new Int16Array(steps.length);
-  for (let i = 0; i < steps.length; i++) array[i] = known[steps[i]];
-  return array;
+  let first = table.length, last = 0;
+  for (let i = 0; i < steps.length; i++) {
+    const step = steps[i];
+    array[i] = known[step];
+    if (step < first) first = step;
+    if (step > last) last = step;
+  }
+  return { array, range: { min: known[first], max: known[last], low: known[first], high: known[last] } };
 }
 
 /** The values of a block with their range, unpacked once. */
@@ -53,8 +59,7 @@ function unpackedBlock(values) {
   if (!unpackedBlocks.has(values.block)) {
     const unpacking = unpackArray({ ...values, data: blockText(values.block) });
     unpackedBlocks.set(values.block, unpacking.then((steps) => {
-      const array = values.table ? inTable(steps, values.table) : steps;
-      return { array, range: rangeOf(array) };
+      return values.table ? inTable(steps, values.table) : { array: steps, range: rangeOf(steps) };
     }));
   }
   return unpackedBlocks.get(values.block);
