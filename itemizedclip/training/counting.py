@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,8 @@ class TowerCost:
 def without_data(model: DualEncoder, mode: FakeTensorMode) -> None:
     """Replace parameters and buffers by such without data, in place."""
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is not None:
                     fake = mode.from_tensor(tensor)
