@@ -167,13 +167,11 @@ def _item_block(explanation: Explanation, item: int, num_slices: int, mode: Upsa
     peak = _peak_slab(explanation, item, by_attention)
     if peak is not None and peak not in slabs:
         slabs[-1] = peak
-    overlay: Upsampling | None = mode
+    shown: Upsampling | None = mode
     if float(explanation.maps.peaks[item]) < LEAST_PEAK:
-        overlay, peak = None, None
+        shown, peak = None, None
     panels = [_slice_panel(explanation, item, slabs[0], None)]
-    panels += [
-        _slice_panel(explanation, item, slab, overlay, is_peak=slab == peak) for slab in slabs[overlay is None :]
-    ]
+    panels += [_slice_panel(explanation, item, slab, shown, is_peak=slab == peak) for slab in slabs[shown is None :]]
     heading = f"{item + 1}. {explanation.items[item]}  (TCSim {signed(float(explanation.maps.scores[item]))})"
     return Block(heading, panels, _shares_note(explanation, item))
 

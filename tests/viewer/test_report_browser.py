@@ -570,6 +570,32 @@ def test_large_volumes_are_shown_to_the_step(show, monkeypatch):
     assert "HU rounded" in page.find("#notes").get_attribute("textContent")
 
 
+def test_crosshair_links_the_planes(show):
+    page = show(study(affine=AXIAL))
+    page.find("#cross").click()
+    canvas = page.find(".well canvas")
+    box = canvas.rect
+    # A quarter from the left and from the top: column 16 and row 16 of 64, toward the patient's right and front.
+    ActionChains(page.driver).move_to_element_with_offset(
+        canvas, round(-0.25 * box["width"]) + 2, round(-0.25 * box["height"]) + 2
+    ).click().perform()
+    page.settle()
+    upright, level = (page.find(f".cross.{way}").rect for way in ("upright", "level"))
+    assert (upright["x"] - box["x"]) / box["width"] == pytest.approx(0.25, abs=0.02)
+    assert (level["y"] - box["y"]) / box["height"] == pytest.approx(0.25, abs=0.02)
+    assert page.text("#level-value") == "142"  # the window stays
+    planes = {button.text: button for button in page.find_all("#planes button")}
+    planes["Coronal"].click()
+    page.settle()
+    assert slice_of(page) == (17, 64)
+    planes["Sagittal"].click()
+    page.settle()
+    assert slice_of(page) == (17, 64)
+    page.find("#cross").click()
+    page.settle()
+    assert not page.find(".cross").is_displayed()
+
+
 # --- two items --------------------------------------------------------------------------------------------------------
 
 

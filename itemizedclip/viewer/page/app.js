@@ -20,7 +20,7 @@ const items = [];
 const state = {
   view: 0, normal: 0, place: [0.5, 0.5, 0.5], // place: shares of the axes, the same in every series
   chosen: [null, null], // item of each pane; the second is null unless two are compared
-  head: -1, isSmooth: true, isShown: true, isGrey: true, isEvenShown: false, isOwnScale: false, opacity: 0.75, threshold: 1,
+  head: -1, isSmooth: true, isShown: true, isGrey: true, isEvenShown: false, isCrossShown: false, isOwnScale: false, opacity: 0.75, threshold: 1,
   windows: new Map(), // view number, or "hu" for all of them → { low, high, preset }
 };
 const scratch = newCanvas(1, 1), sliceCanvas = newCanvas(1, 1);
@@ -317,6 +317,7 @@ function chip(text, act) {
 function buildTools() {
   const view = currentView();
   $("grey-field").hidden = isVolume(view);
+  $("cross-field").hidden = !isVolume(view);
   buildSeen();
   $("tools").hidden = $("presets").hidden = $("planes").hidden = $("window").hidden = !isVolume(view);
   if (!isVolume(view)) return;
@@ -426,14 +427,15 @@ function buildPanes() {
 function buildPane(k) {
   const canvas = element("canvas", { role: "img" });
   const letters = ["left", "right", "top", "bottom"].map((side) => element("span", { className: `letter ${side}`, "aria-hidden": "true" }));
+  const cross = ["upright", "level"].map((way) => element("i", { className: `cross ${way}`, "aria-hidden": "true", hidden: true }));
   const scale = element("span", { className: "scale", role: "img", "aria-label": "Scale bar", hidden: true });
   const even = element("p", { className: "even-note", role: "status", hidden: true });
-  const well = element("div", { className: "well", tabIndex: 0, role: "group" }, canvas, ...letters, even, scale);
+  const well = element("div", { className: "well", tabIndex: 0, role: "group" }, canvas, ...letters, even, scale, ...cross);
   well.setAttribute("aria-label", "Image: arrow keys change the slice, P goes to the peak, O hides the attention");
   const title = element("p", { className: "title" });
   const peak = element("button", { type: "button", className: "quiet" }, "Go to peak");
   peak.addEventListener("click", () => goToPeak(state.chosen[k]));
-  const pane = { k, canvas, well, letters, even, scale, title, peak, box: element("figure", { className: "pane" }, element("figcaption", {}, title, peak), well) };
+  const pane = { k, canvas, well, letters, even, scale, cross, title, peak, box: element("figure", { className: "pane" }, element("figcaption", {}, title, peak), well) };
   listenTo(pane);
   return pane;
 }
@@ -465,6 +467,7 @@ function listenTo(pane) {
   canvas.addEventListener("pointermove", (event) => readOut(event, canvas));
   canvas.addEventListener("pointerdown", (event) => {
     readOut(event, canvas);
+    if (state.isCrossShown && isVolume(currentView())) return moveCross(event, canvas);
     if (event.pointerType === "mouse" && event.button === 0 && isVolume(currentView())) dragWindow(event, canvas);
   });
   canvas.addEventListener("dblclick", () => {
@@ -490,6 +493,36 @@ function dragWindow(start, canvas) {
   canvas.addEventListener("pointermove", move);
   canvas.addEventListener("pointerup", stop);
   canvas.addEventListener("pointercancel", stop);
+}
+
+/** The crosshair goes to the pointer and follows it: the slices of the other planes and series with it. */
+function moveCross(start, canvas) {
+  const go = (event) => {
+    const box = canvas.getBoundingClientRect(), plane = currentPlane();
+    const voxel = plane.voxelAt((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height, sliceOf(plane));
+    if (!voxel) return;
+    for (const axis of [plane.across, plane.down]) state.place[axis] = (voxel[axis] + 0.5) / plane.view.size[axis];
+    redraw();
+  };
+  const stop = () => {
+    canvas.removeEventListener("pointermove", go);
+    canvas.removeEventListener("pointerup", stop);
+    canvas.removeEventListener("pointercancel", stop);
+  };
+  go(start);
+  if (start.isPrimary) canvas.setPointerCapture(start.pointerId);
+  canvas.addEventListener("pointermove", go);
+  canvas.addEventListener("pointerup", stop);
+  canvas.addEventListener("pointercancel", stop);
+}
+
+function drawCross(pane, plane, [width, height]) {
+  const left = (pane.well.clientWidth - width) / 2, top = (pane.well.clientHeight - height) / 2;
+  const share = (axis, isFlipped) => (isFlipped ? 1 - state.place[axis] : state.place[axis]);
+  const [upright, level] = pane.cross;
+  upright.hidden = level.hidden = !state.isCrossShown || !isVolume(plane.view);
+  Object.assign(upright.style, { left: `${left + share(plane.across, plane.flipAcross) * width}px`, top: `${top}px`, height: `${height}px` });
+  Object.assign(level.style, { top: `${top + share(plane.down, plane.flipDown) * height}px`, left: `${left}px`, width: `${width}px` });
 }
 
 /** Place, value and attention under the pointer. */
@@ -557,6 +590,7 @@ function drawPane(pane, plane, slice) {
   }
   paintMarks(context, plane, slice, item && state.isShown && isLocalised(attention) ? attention : null);
   drawScale(pane, plane, size[0]);
+  drawCross(pane, plane, size);
   pane.even.hidden = !item || !state.isShown || isLocalised(attention);
   pane.even.textContent = `No localisation: no patch has ${times(report.leastPeak)} an even spread`;
   pane.peak.disabled = Boolean(item) && !isLocalised(attention);
@@ -621,6 +655,7 @@ function listenToControls() {
   on("upsampling", "change", (field) => (state.isSmooth = field.value === "smooth"));
   on("show", "change", (field) => (state.isShown = field.checked));
   on("even", "change", (field) => (state.isEvenShown = field.checked));
+  on("cross", "change", (field) => (state.isCrossShown = field.checked));
   on("grey", "change", (field) => (state.isGrey = field.checked));
   on("order", "change", arrangeItems);
   on("slice", "input", (field) => setSlice(Number(field.value)));
