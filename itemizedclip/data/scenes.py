@@ -627,11 +627,10 @@ def _extra_items(rendered: _Rendered, level: SceneLevel, rng: np.random.Generato
             extras.append(_Extra(Contrast("absence", f"no {_pair_name(pair)}", f"no {there.name}"), ()))
     if level.scene_item:
         count = len(rendered.classes)
-        others = [n for n in range(level.min_items, level.max_items + 1) if n != count]
-        texts = [
-            f"{DIGIT_WORDS[n]} digits" for n in (count, others[int(rng.integers(len(others)))] if others else count + 1)
-        ]
-        extras.append(_Extra(Contrast("scene", *texts), None))
+        counts = [n for n in range(level.min_items, level.max_items + 1) if n != count]
+        wrong = counts[int(rng.integers(len(counts)))] if counts else count + 1
+        whole = Contrast("scene", f"{DIGIT_WORDS[count]} digits", f"{DIGIT_WORDS[wrong]} digits")
+        extras.append(_Extra(whole, None))
     return extras
 
 
