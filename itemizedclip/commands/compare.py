@@ -436,16 +436,14 @@ def _difference(summary: Summary | None) -> str:
 
 def terminal_table(found: Mapping[str, Any]) -> Table:
     """Means over seeds, for the terminal; table.md has the deviations."""
-    shown = shown_measures(found)
-    table = Table(title=literal(f"{found['data']} {found['level'] or ''}".strip()), title_justify="left")
-    table.add_column("objective", no_wrap=True)
-    for label in shown.values():
-        table.add_column(literal(label), justify="right")
-    for name, of_measure in found["summary"].items():
-        cells = [
-            format_measure(measure, of_measure[measure]["mean"]) if measure in of_measure else "–" for measure in shown
-        ]
-        table.add_row(literal(name), *cells)
+    shown, summary = shown_measures(found), found["summary"]
+    table = Table(title=literal(f"{found['data']} {found['level'] or ''}".strip()), title_justify="left", box=None)
+    table.add_column("", no_wrap=True)
+    for name in summary:
+        table.add_column(literal(name), justify="right", no_wrap=True)
+    for measure, label in shown.items():
+        means = [of_measure[measure]["mean"] if measure in of_measure else None for of_measure in summary.values()]
+        table.add_row(literal(label), *("–" if mean is None else format_measure(measure, mean) for mean in means))
     return table
 
 
@@ -488,7 +486,8 @@ def run(options: CompareOptions, flags: Sequence[str] = ()) -> dict[str, Any]:
     paths = write_finding(options, found)
     console = Console()
     if found["runs"]:
-        console.print(terminal_table(found))
+        # Wider than a narrow terminal rather than cut off.
+        console.print(terminal_table(found), width=max(console.width, 48 + 11 * len(found["summary"])), crop=False)
     lines = [f"{len(found['runs'])} of {len(runs)} runs are finished; {len(found['missing'])} are missing"]
     console.print(literal("\n".join([*lines, *map(str, paths)])), soft_wrap=True)
     if failures:

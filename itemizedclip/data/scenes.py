@@ -629,7 +629,8 @@ def _extra_items(rendered: _Rendered, level: SceneLevel, rng: np.random.Generato
         count = len(rendered.classes)
         counts = [n for n in range(level.min_items, level.max_items + 1) if n != count]
         wrong = counts[int(rng.integers(len(counts)))] if counts else count + 1
-        extras.append(_Extra(Contrast("scene", *(f"{DIGIT_WORDS[n]} digits" for n in (count, wrong))), None))
+        whole = Contrast("scene", f"{DIGIT_WORDS[count]} digits", f"{DIGIT_WORDS[wrong]} digits")
+        extras.append(_Extra(whole, None))
     return extras
 
 

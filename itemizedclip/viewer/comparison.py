@@ -42,6 +42,7 @@ def comparison_figure(measures: Mapping[str, Values], *, title: str = "", column
         axes.set_yticks(list(height.values()), list(height))
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.tick_params(labelsize=7)
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="both", linewidth=0.4, alpha=0.5)
         axes.set_axisbelow(True)
     for axes in grid.flat[len(measures) :]:
