@@ -17,6 +17,7 @@ from itemizedclip.data.items import is_text
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import PART_SUFFIX
+from itemizedclip.runtime.logs import shown
 from itemizedclip.search.store import (
     INDEX_FILE,
     FeatureSource,
@@ -102,7 +103,7 @@ def find_images(folder: Path, output: Path) -> tuple[list[FoundImage], int]:
                 continue
             relative = path.relative_to(folder).as_posix()
             if not is_text(relative):
-                logger.warning("%s: its name is no UTF-8 text, and is passed over; rename it", path)
+                logger.warning("%s: its name is no UTF-8 text, and is passed over; rename it", shown(path))
                 others += 1
                 continue
             status = path.stat()
@@ -114,7 +115,7 @@ def find_images(folder: Path, output: Path) -> tuple[list[FoundImage], int]:
 
 
 def _warn_of_folder(error: OSError) -> None:
-    logger.warning("%s: cannot be opened (%s) and is passed over", error.filename, error.strerror)
+    logger.warning("%s: cannot be opened (%s) and is passed over", shown(error.filename), error.strerror)
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
