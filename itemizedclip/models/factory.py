@@ -27,7 +27,7 @@ from itemizedclip.models.config import check_common, check_size
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.lora import fold
-from itemizedclip.models.tokenizers import ClipTokenizer
+from itemizedclip.models.tokenizers import CLIP_VOCABULARY, ClipTokenizer
 from itemizedclip.runtime.errors import MissingFileError, UserError, about
 from itemizedclip.runtime.fields import brief
 from itemizedclip.runtime.files import parse_json, read_json
@@ -163,6 +163,12 @@ def create_tokenizer(config: Mapping[str, Any], *, fetch: bool = False, source: 
     """
     own: Callable[..., Callable[..., Tensor]] | None = getattr(_family(config), "create_tokenizer", None)
     if own is None:
+        embedded = config["text_cfg"].get("vocab_size", CLIP_VOCABULARY)
+        if embedded < CLIP_VOCABULARY:
+            raise UserError(
+                f"{source or 'the model config'}: text_cfg.vocab_size is {embedded}; the tokenizer has {CLIP_VOCABULARY} "
+                "entries: no text can be encoded with it"
+            )
         return ClipTokenizer(config["text_cfg"]["context_length"])
     with about(source):
         return own(config, fetch=True) if fetch else own(config)

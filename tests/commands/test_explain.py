@@ -70,6 +70,7 @@ def test_evaluator_equals_a_loop(normalise_tokens):
     model, data = TinyModel().eval(), MaskedTinyDataset()
     data.item_masks[0][0] = False  # an item that the crop has removed
     lowest, similarities, nowhere, hits = [], [], [], []
+    nowhere_of: dict[bool, list[float]] = {False: [], True: []}  # by whether the item is to be seen
     ious: dict[float, list[float]] = {step / 20: [] for step in range(1, 20)}
     for row in range(len(data)):
         tokens = model.encode_image(data.images[row : row + 1]).tokens_BLD.detach()
@@ -85,6 +86,7 @@ def test_evaluator_equals_a_loop(normalise_tokens):
         if pairs:
             similarities.append(sum(pairs) / len(pairs))
         for k, mask in enumerate(data.item_masks[row]):
+            nowhere_of[bool(mask.any())].append(weights.nowhere[0].mean(0)[k].item())
             if not mask.any():
                 continue
             enlarged = F.interpolate(maps[k].reshape(1, 1, 4, 4), size=(SIDE, SIDE), mode="bilinear")[0, 0]
@@ -103,6 +105,8 @@ def test_evaluator_equals_a_loop(normalise_tokens):
             "mll": sum(lowest) / len(lowest),
             "mams": sum(similarities) / len(similarities),
             "nowhere_share": sum(nowhere) / len(nowhere),
+            "nowhere_share_absent": sum(nowhere_of[False]) / len(nowhere_of[False]),
+            "nowhere_share_present": sum(nowhere_of[True]) / len(nowhere_of[True]),
             "pointing_game": sum(hits) / len(hits),
             "miou": miou[0.5],
             "miou_best": miou[best],

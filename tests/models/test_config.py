@@ -62,7 +62,7 @@ HOSTILE = [
     (PHOTOGRAPHS, "text_cfg.hf_model_name", "evil/text", "text_cfg.hf_model_name is 'evil/text'"),
     (PHOTOGRAPHS, "text_cfg.hf_tokenizer_name", "https://evil.example/t", "text_cfg.hf_tokenizer_name is 'https"),
     (PHOTOGRAPHS, "text_cfg.heads", 3, "not divisible by text_cfg.heads 3"),
-    (PHOTOGRAPHS, "text_cfg.vocab_size", 100, "vocab_size is 100; expected a whole number from 49408"),
+    (PHOTOGRAPHS, "text_cfg.vocab_size", 0, "vocab_size is 0; expected a whole number from 1"),
     (PHOTOGRAPHS, "text_cfg.context_length", 1e9, "context_length is 1000000000.0"),
     (PHOTOGRAPHS, "preprocess", {"mean": 0.5}, "preprocess.mean is 0.5; expected a list of 3"),
     (PHOTOGRAPHS, "preprocess", {"std": [0, 1, 1]}, "preprocess.std is a list of 3"),

@@ -231,6 +231,6 @@ def test_a_wing_without_its_packages_stands_in_nobodys_way(monkeypatch):
 
     monkeypatch.setattr(registry, "entry_points", lambda group: [Broken()])
     assert create_model("ViT-scenes-ItemizedCLIP").config["name"] == "ViT-scenes-ItemizedCLIP"
-    assert list_models() == ["ViT-B-16-ItemizedCLIP", "ViT-scenes-ItemizedCLIP"]
+    assert list_models() == ["ViT-B-16-ItemizedCLIP", "ViT-scenes-ItemizedCLIP", "ViT-scenes-long-text-ItemizedCLIP"]
     with pytest.raises(ValueError, match=r"tokenizers: pip install -e '.\[radiology\]'"):
         create_model(TINY | {"vision_cfg": {"tower": "hlip"}})
