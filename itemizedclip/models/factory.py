@@ -166,8 +166,8 @@ def create_tokenizer(config: Mapping[str, Any], *, fetch: bool = False, source: 
         embedded = config["text_cfg"].get("vocab_size", CLIP_VOCABULARY)
         if embedded < CLIP_VOCABULARY:
             raise UserError(
-                f"{source or 'the model config'}: text_cfg.vocab_size is {embedded}; the tokenizer has {CLIP_VOCABULARY} "
-                "entries: no text can be encoded with it"
+                f"{source or 'the model config'}: text_cfg.vocab_size is {embedded}; the tokenizer has "
+                f"{CLIP_VOCABULARY} entries: no text can be encoded with it"
             )
         return ClipTokenizer(config["text_cfg"]["context_length"])
     with about(source):
