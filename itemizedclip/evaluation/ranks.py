@@ -167,29 +167,31 @@ def _sorted_rows(scores_BM: Tensor) -> Tensor:
     return scores_BM.sort(dim=1).values
 
 
+def _places(row_P: Tensor, num_rows: int) -> tuple[Tensor, int]:
+    """Column of each entry when the entries of a row stand beside each other in a table, and the columns needed."""
+    count_B = torch.bincount(row_P, minlength=num_rows)
+    order_P = row_P.argsort(stable=True)
+    place_P = torch.empty_like(row_P)
+    place_P[order_P] = torch.arange(len(row_P), device=row_P.device) - (count_B.cumsum(0) - count_B)[row_P[order_P]]
+    return place_P, int(count_B.max()) if len(row_P) else 1
+
+
 def _table(row_E: Tensor, values_E: Tensor, rows: slice) -> Tensor:
     """The values of each row beside each other, filled up with −inf."""
-    count_B = torch.bincount(row_E, minlength=rows.stop - rows.start)
-    order_E = row_E.argsort(stable=True)
-    place_E = torch.arange(len(row_E), device=row_E.device) - (count_B.cumsum(0) - count_B)[row_E[order_E]]
-    table = values_E.new_full((len(count_B), int(count_B.max()) if len(row_E) else 1), float("-inf"))
-    table[row_E[order_E], place_E] = values_E[order_E]
+    place_E, columns = _places(row_E, rows.stop - rows.start)
+    table = values_E.new_full((rows.stop - rows.start, columns), float("-inf"))
+    table[row_E, place_E] = values_E
     return table
 
 
 def _twice_above(rising_BC: Tensor, true_P: Tensor, row_P: Tensor) -> Tensor:
     """2 · (values of its row above each true score) + (values equal to it); int64 (P,)."""
-    C = rising_BC.shape[1]
     # Rows have different numbers of true scores: each as a column of a table, as searchsorted wants them.
-    count_B = torch.bincount(row_P, minlength=len(rising_BC))
-    order_P = row_P.argsort(stable=True)
-    place_P = torch.arange(len(row_P), device=row_P.device) - (count_B.cumsum(0) - count_B)[row_P[order_P]]
-    asked = true_P.new_zeros((len(rising_BC), int(count_B.max()) if len(row_P) else 1))
-    asked[row_P[order_P], place_P] = true_P[order_P]
+    place_P, columns = _places(row_P, len(rising_BC))
+    asked = true_P.new_zeros((len(rising_BC), columns))
+    asked[row_P, place_P] = true_P
     below = torch.searchsorted(rising_BC, asked) + torch.searchsorted(rising_BC, asked, right=True)
-    twice = torch.empty_like(row_P)
-    twice[order_P] = 2 * C - below[row_P[order_P], place_P]
-    return twice
+    return 2 * rising_BC.shape[1] - below[row_P, place_P]
 
 
 def retrieval_ranks(scores_NM: Tensor, owner_M: Tensor) -> RetrievalRanks:

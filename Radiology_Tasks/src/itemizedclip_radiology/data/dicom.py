@@ -24,13 +24,10 @@ from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
 from itemizedclip.data.batch import BadSampleError
-from itemizedclip_radiology.data.scans import MAX_VOXELS, Plane, Scan, plain_voxels, plane_of
+from itemizedclip_radiology.data.scans import MAX_VOLUMES, MAX_VOXELS, Plane, Scan, plain_voxels, plane_of
 
 MIN_SLICES = 8
 """DICOM series of fewer slices are localizers and reformats, not scans."""
-
-MAX_VOLUMES = 6
-"""Volumes of one series that are read as series of their own; of more, dynamics mostly, the first."""
 
 _NO_DICOM = (".pt", ".gz", ".nii", ".json", ".csv", ".txt", ".png", ".jpg", ".zip", ".tar", ".tgz")
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM counts towards left and back, NIfTI towards right and front

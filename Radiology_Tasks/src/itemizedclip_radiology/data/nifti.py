@@ -15,12 +15,9 @@ import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
 
 from itemizedclip.data.batch import BadSampleError
-from itemizedclip_radiology.data.scans import MAX_VOXELS, Scan, is_plausible, plain_voxels, plane_of
+from itemizedclip_radiology.data.scans import MAX_VOLUMES, MAX_VOXELS, Scan, is_plausible, plain_voxels, plane_of
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
-
-MAX_VOLUMES = 6
-"""Volumes of one file or series that are read as series of their own; of more, dynamics mostly, the first."""
 
 _MM_PER_UNIT = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}
 _MOST_GZIP = 1032

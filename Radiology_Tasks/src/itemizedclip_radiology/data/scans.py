@@ -36,6 +36,9 @@ _WORDS_OF_PLANE: dict[Plane, str] = {
 _SHEAR_VOXELS = 0.5
 """A grid whose corners lie so many voxels off a right-angled box is resampled onto one."""
 
+MAX_VOLUMES = 6
+"""Volumes of one file or series that are read as series of their own; of more, dynamics mostly, the first."""
+
 MAX_VOXELS = 2**31
 """More than any scanner gives; a header that asks for more is damaged or made to fill the memory."""
 
@@ -218,8 +221,9 @@ def straightened(scan: Scan) -> Scan:
     if scan.voxels.dtype.kind == "i":
         voxels = np.rint(voxels).astype(scan.voxels.dtype)
     angle = np.degrees(np.arccos(min(1.0, abs(normal @ matrix[:, 2]) / np.linalg.norm(matrix[:, 2]))))
-    what = f"slices are shifted against each other by {angle:.1f}° (a tilted gantry)" if angle > 0.05 else "rows and "
-    what = what if angle > 0.05 else "rows and columns are not at right angles"
+    what = "rows and columns are not at right angles"
+    if angle > 0.05:
+        what = f"slices are shifted against each other by {angle:.1f}° (a tilted gantry)"
     note = f"{scan.name}: {what}; resampled on a straight grid of {'×'.join(map(str, size))} voxels"
     # The new slices lie in the planes of the old ones, if they are as many.
     labels = scan.slice_labels if size[2] == len(scan.slice_labels) else ()

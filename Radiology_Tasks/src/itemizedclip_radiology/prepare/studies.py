@@ -26,7 +26,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -178,7 +178,7 @@ def find_entries(source: Path) -> list[Entry]:
         raise MissingFileError(f"{source}: is empty; expected folders of studies, .zip, .tar or NIfTI files")
     whole = [path for path in inside if path.is_dir() or is_archive(path) or is_nifti(path)]
     # DICOM files that lie in the folder itself are one study, or several that are told apart by their headers.
-    return [Entry(path) for path in whole] if len(whole) == len(inside) or whole else [Entry(source)]
+    return [Entry(path) for path in whole] if whole else [Entry(source)]
 
 
 def _listed_entries(table: Path) -> list[Entry]:
@@ -371,7 +371,7 @@ class _Preparation:
             for scan in read():
                 own = name if name is not None else scan.name
                 suffix = scan.name.removeprefix(nifti_stem(scan.source)) if name is not None else ""
-                self._prepare_scan(_renamed(scan, self._clean(own + suffix) or "series"))
+                self._prepare_scan(replace(scan, name=self._clean(own + suffix) or "series"))
         except BadSampleError as error:
             self._leave_out(label, str(error))
 
@@ -459,10 +459,6 @@ class _Preparation:
         self.records.append(
             SeriesRecord(self.study, name, self.split, str(file), "", notes, str(thumbnail.relative_to(self.task.to)))
         )
-
-
-def _renamed(scan: Scan, name: str) -> Scan:
-    return Scan(name, scan.voxels, scan.affine, scan.source, scan.modality, scan.notes, scan.warnings, scan.plane)
 
 
 def _described(geometry: Geometry) -> dict[str, Any]:
