@@ -19,7 +19,7 @@ from itemizedclip.evaluation.benchmark import BENCHMARKS
 from itemizedclip.evaluation.benchmark import evaluate as evaluate_benchmark
 from itemizedclip.evaluation.encoding import EncodingOptions, encode_image_batch, encode_texts, number_texts
 from itemizedclip.evaluation.tcsim import Scoring, create_scorer
-from itemizedclip.models import factory
+from itemizedclip.models import factory, weights
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.errors import UserError
@@ -69,9 +69,9 @@ def load(
 
     >>> loaded = load("nowhere.pt")
     Traceback (most recent call last):
-    itemizedclip.models.factory.CheckpointError: nowhere.pt: checkpoint does not exist
+    itemizedclip.models.weights.CheckpointError: nowhere.pt: checkpoint does not exist
     """
-    loaded = factory.load_pretrained(factory.find_checkpoint(source), config=model, text_model=text_model)
+    loaded = factory.load_pretrained(weights.find_checkpoint(source), config=model, text_model=text_model)
     loaded.model.to(choose_device(device, 0, 1))
     return loaded
 
@@ -273,5 +273,5 @@ def evaluate(source: LoadedModel | str | Path, name: str, **settings: Any) -> di
     Raises:
         UserError: no such benchmark, a checkpoint or data that cannot be used.
     """
-    checkpoint = Path(source.source) if isinstance(source, LoadedModel) else factory.find_checkpoint(source)
+    checkpoint = Path(source.source) if isinstance(source, LoadedModel) else weights.find_checkpoint(source)
     return evaluate_benchmark(BENCHMARKS.load(name)(checkpoint=checkpoint, **settings))

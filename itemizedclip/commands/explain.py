@@ -26,7 +26,8 @@ from itemizedclip.data.scenes import LEVELS, ScenesDataset
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.explanation import ExplainEvaluator
 from itemizedclip.evaluation.results import EvaluationReport, metrics_table, write_results
-from itemizedclip.models.factory import LoadedModel, create_transform, given_checkpoint, load_pretrained
+from itemizedclip.models.factory import LoadedModel, create_transform, load_pretrained
+from itemizedclip.models.weights import given_checkpoint
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.flags import read_flags

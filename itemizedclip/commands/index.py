@@ -18,13 +18,8 @@ from rich.table import Table
 
 from itemizedclip.data.images import DECODER_VERSION
 from itemizedclip.evaluation.encoding import EncodingOptions
-from itemizedclip.models.factory import (
-    CheckpointError,
-    LoadedModel,
-    create_transform,
-    given_checkpoint,
-    transform_spec,
-)
+from itemizedclip.models.factory import LoadedModel, create_transform, transform_spec
+from itemizedclip.models.weights import CheckpointError, given_checkpoint
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256, read_lines
 from itemizedclip.runtime.flags import loader_processes, read_flags

@@ -18,7 +18,8 @@ import tyro
 from rich.console import Console
 
 from itemizedclip.commands.questions import QuestionOptions, items_to_ask, score_table
-from itemizedclip.models.factory import LoadedModel, given_checkpoint, load_pretrained
+from itemizedclip.models.factory import LoadedModel, load_pretrained
+from itemizedclip.models.weights import given_checkpoint
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256, write_text
 from itemizedclip.runtime.flags import read_flags

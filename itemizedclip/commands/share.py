@@ -16,8 +16,9 @@ from typing import Annotated
 
 import tyro
 
-from itemizedclip.models.factory import CONFIG_FILE, HUB_PREFIX, find_checkpoint, load_pretrained, split_hub_name
+from itemizedclip.models.factory import load_pretrained
 from itemizedclip.models.sharing import Card, upload, write_shared
+from itemizedclip.models.weights import CONFIG_FILE, HUB_PREFIX, find_checkpoint, split_hub_name
 from itemizedclip.runtime.errors import reported_errors
 from itemizedclip.runtime.files import check_writable
 from itemizedclip.runtime.flags import read_flags

@@ -19,7 +19,8 @@ from rich.table import Table
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.evaluator import ReportingEvaluator
 from itemizedclip.evaluation.results import EvaluationReport, Protocol, write_results
-from itemizedclip.models.factory import HUB_PREFIX, LoadedModel, given_checkpoint, load_pretrained
+from itemizedclip.models.factory import LoadedModel, load_pretrained
+from itemizedclip.models.weights import HUB_PREFIX, given_checkpoint
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import check_writable, file_sha256
 from itemizedclip.runtime.flags import loader_processes, read_flags

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itemizedclip.models.factory import (
+from itemizedclip.models.factory import LoadedModel
+from itemizedclip.models.weights import (
     CONFIG_FILE,
     HEADER_KEY,
     HUB_PREFIX,
     SHARED_FILE,
     CheckpointError,
-    LoadedModel,
     hub_failure,
     split_hub_name,
 )

@@ -29,9 +29,10 @@ from itemizedclip.evaluation.encoding import EncodingOptions, encode_texts
 from itemizedclip.evaluation.tcsim import GlobalScorer, top_images
 from itemizedclip.evaluation.tcsim_folded import scorer_of_stored_tokens
 from itemizedclip.models.dual_encoder import ImageFeatures
-from itemizedclip.models.factory import CheckpointError, LoadedModel, create_transform, load_pretrained
+from itemizedclip.models.factory import LoadedModel, create_transform, load_pretrained
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.tokenizers import ClipTokenizer
+from itemizedclip.models.weights import CheckpointError
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.processes import choose_device

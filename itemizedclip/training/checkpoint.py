@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from itemizedclip.models.archive import save_archive, unusable_tensor
-from itemizedclip.models.factory import CheckpointError, read_checkpoint
+from itemizedclip.models.weights import CheckpointError, read_checkpoint
 from itemizedclip.training.options import flatten_options
 
 FORMAT = 1

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 from itemizedclip.data.jsonl import ImageItems, OwnFile, check_files, read_own
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import create_model, given_checkpoint, read_checkpoint
+from itemizedclip.models.factory import create_model
 from itemizedclip.models.lora import fold
+from itemizedclip.models.weights import given_checkpoint, read_checkpoint
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.processes import on_main
 from itemizedclip.runtime.registry import Registry, unknown_name

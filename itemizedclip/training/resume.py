@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from itemizedclip.models.factory import CheckpointError
+from itemizedclip.models.weights import CheckpointError
 from itemizedclip.training import checkpoint as checkpoints
 from itemizedclip.training.checkpoint import Checkpoint
 from itemizedclip.training.folder import explain_failed_write

@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from itemizedclip.data.sampler import BadSampleCounter
 from itemizedclip.evaluation.evaluator import Evaluator as Evaluator
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import given_checkpoint, load_weights, read_checkpoint
 from itemizedclip.models.lora import add_adapters, fold
+from itemizedclip.models.weights import given_checkpoint, load_weights, read_checkpoint
 from itemizedclip.runtime.claims import Claim
 from itemizedclip.runtime.collectives import gather_objects
 from itemizedclip.runtime.precision import Precision, resolve_precision

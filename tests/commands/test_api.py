@@ -16,7 +16,7 @@ from PIL import Image
 
 import itemizedclip as ic
 from itemizedclip import api
-from itemizedclip.models.factory import CheckpointError
+from itemizedclip.models.weights import CheckpointError
 from itemizedclip.runtime.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -23,8 +23,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from itemizedclip.evaluation.ranks import retrieval_metrics
-from itemizedclip.models.factory import create_model, load_weights
+from itemizedclip.models.factory import create_model
 from itemizedclip.models.item_attention import ItemAttention
+from itemizedclip.models.weights import load_weights
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions, itemized_losses
 from itemizedclip.runtime.processes import leave_process_group
 

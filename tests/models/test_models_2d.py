@@ -12,15 +12,14 @@ import torch
 from PIL import Image
 
 from itemizedclip.models.factory import (
-    CheckpointError,
     create_model,
     create_tokenizer,
     create_transform,
     list_models,
     load_model_config,
     load_pretrained,
-    load_weights,
 )
+from itemizedclip.models.weights import CheckpointError, load_weights
 from itemizedclip.runtime import registry
 
 LAYOUTS = json.loads((Path(__file__).parents[1] / "golden" / "checkpoint_layouts.json").read_text())

@@ -20,13 +20,8 @@ from safetensors import safe_open
 import itemizedclip as ic
 from itemizedclip.commands import convert
 from itemizedclip.commands.share import main_pull, main_push
-from itemizedclip.models.factory import (
-    CheckpointError,
-    create_model,
-    given_checkpoint,
-    load_model_config,
-    load_pretrained,
-)
+from itemizedclip.models.factory import create_model, load_model_config, load_pretrained
+from itemizedclip.models.weights import CheckpointError, given_checkpoint
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
 CHECKPOINTS = {

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 from itemizedclip.data.batch import ItemBatch
-from itemizedclip.models.factory import load_weights
+from itemizedclip.models.weights import load_weights
 from itemizedclip.objectives.loss import ObjectiveOptions
 from itemizedclip.training.task import ItemizedTask
 

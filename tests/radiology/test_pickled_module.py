@@ -14,7 +14,7 @@ from itemizedclip_radiology.models.pickled_module import read_pickled_module
 from itemizedclip_radiology.models.series_names import SeriesNameEncoder, load_series_name_weights
 from torch import nn
 
-from itemizedclip.models.factory import CheckpointError
+from itemizedclip.models.weights import CheckpointError
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from toy import toy_options, toy_train
 
 from itemizedclip.commands.demo import RECIPES
 from itemizedclip.data.scenes import ScenesDataset
-from itemizedclip.models.factory import LoadedModel, create_model, create_tokenizer, read_checkpoint
+from itemizedclip.models.factory import LoadedModel, create_model, create_tokenizer
+from itemizedclip.models.weights import read_checkpoint
 from itemizedclip.runtime import precision as module
 from itemizedclip.runtime.precision import CpuBfloat16, cpu_bfloat16, resolve_precision
 from itemizedclip.viewer.explanation import Explainer

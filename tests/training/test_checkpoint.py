@@ -15,7 +15,7 @@ import torch
 from test_engine import TOY, curve, run_toy
 from toy import TOY_CONFIG, ToyModel, ToyRun, toy_options, toy_train
 
-from itemizedclip.models.factory import CheckpointError
+from itemizedclip.models.weights import CheckpointError
 from itemizedclip.runtime.errors import EXIT_STOPPED
 from itemizedclip.training import checkpoint as checkpoints
 from itemizedclip.training.checkpoint import (

@@ -19,8 +19,9 @@ from itemizedclip.commands import train as train_command
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.jsonl import read_own
 from itemizedclip.evaluation.own import labels_of, read_classes
-from itemizedclip.models.factory import create_model, load_model_config, load_pretrained, read_checkpoint
+from itemizedclip.models.factory import create_model, load_model_config, load_pretrained
 from itemizedclip.models.lora import add_adapters, folded_weights
+from itemizedclip.models.weights import read_checkpoint
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.training.options import options_to_dict
 from itemizedclip.training.own import own

@@ -22,7 +22,8 @@ from test_engine import curve
 from toy import ToyRun, toy_options, toy_train
 
 from itemizedclip.models.archive import DamagedError, save_archive, unusable_tensor, verify_archive
-from itemizedclip.models.factory import CheckpointError, load_pretrained, read_checkpoint
+from itemizedclip.models.factory import load_pretrained
+from itemizedclip.models.weights import CheckpointError, read_checkpoint
 from itemizedclip.runtime import claims, files
 from itemizedclip.runtime.claims import ClaimedError, claimed, is_gone, this_process
 from itemizedclip.runtime.errors import NoSpaceError, UserError

@@ -28,8 +28,9 @@ from itemizedclip.evaluation.ranks import RETRIEVAL_CUTOFFS, retrieval_table
 from itemizedclip.evaluation.results import format_measure, metrics_table
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.evaluation.tcsim import Scoring
-from itemizedclip.models.factory import CheckpointError, create_transform, transform_spec
+from itemizedclip.models.factory import create_transform, transform_spec
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
+from itemizedclip.models.weights import CheckpointError
 from itemizedclip.runtime.errors import EXIT_WRONG_FLAG
 from itemizedclip.runtime.processes import main_first
 from itemizedclip_2d.retrieval_sets import RetrievalSet, Transform, coco_karpathy, coco_val2017, flickr30k

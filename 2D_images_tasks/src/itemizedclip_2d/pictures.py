@@ -19,9 +19,10 @@ from rich.table import Table
 
 from itemizedclip.data.items import check_text
 from itemizedclip.evaluation.attention import ItemMaps
-from itemizedclip.models.factory import CheckpointError, LoadedModel, load_pretrained
+from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.tokenizers import ClipTokenizer
+from itemizedclip.models.weights import CheckpointError
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import check_writable
 from itemizedclip.runtime.logs import literal, progress_bar, shown

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.models.archive import is_archive
 from itemizedclip.runtime.errors import UserError
 
 Size = tuple[int, int, int]
@@ -119,14 +120,12 @@ def _load_tensor(path: Path, memory_map: bool) -> Tensor:
     expected = "expected one tensor, written by torch.save(tensor, path)"
     if not path.is_file():
         raise BadSampleError(f"{path}: no such file; {expected}")
-    is_archive = False
+    is_torch = False
     try:
-        with path.open("rb") as file:
-            is_archive = file.read(4) == b"PK\x03\x04"
-        if is_archive:
+        is_torch = is_archive(path)
+        if is_torch:
             _check_stored(path)
-        # Only archives (every torch.save since 2020) can be memory-mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=memory_map and is_archive)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=memory_map and is_torch)
     except BadSampleError:
         raise
     except pickle.UnpicklingError as error:
@@ -138,7 +137,7 @@ def _load_tensor(path: Path, memory_map: bool) -> Tensor:
         raise BadSampleError(f"{path}: is no tensor file, or damaged; {expected}") from None
     except Exception as error:  # bytes that are no tensor file make the reader fail in any way
         reason = (str(error) or type(error).__name__).split("\n")[0][:160]
-        what = f"truncated or damaged ({reason})" if is_archive else "is no tensor file, or damaged"
+        what = f"truncated or damaged ({reason})" if is_torch else "is no tensor file, or damaged"
         raise BadSampleError(f"{path}: {what}; {expected}: copy or convert it again") from None
     if not isinstance(content, Tensor):
         raise BadSampleError(f"{path}: holds a {type(content).__name__}; {expected}")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from itemizedclip.models.archive import DamagedError, unusable_tensor, verify_archive
-from itemizedclip.models.factory import CheckpointError
+from itemizedclip.models.weights import CheckpointError
 
 MAX_PICKLE_BYTES = 64 * 2**20
 """A module's description is some kilobytes; its tensors lie beside it."""

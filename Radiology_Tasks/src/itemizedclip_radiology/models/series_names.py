@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from itemizedclip.models.factory import CheckpointError
+from itemizedclip.models.weights import CheckpointError
 from itemizedclip.runtime.errors import UserError
 from itemizedclip_radiology.models.pickled_module import read_pickled_module
 from itemizedclip_radiology.models.weight_files import LoadReport, assign_parameters, find_prefix, read_state_dict

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from itemizedclip.models.factory import read_checkpoint
+from itemizedclip.models.weights import read_checkpoint
 from itemizedclip.runtime.errors import MissingFileError, UserError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
