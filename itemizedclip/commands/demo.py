@@ -264,8 +264,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         model = options.create_model()
         data, collator = open_data(options, model, ranks)
         result = train_opened(options, model, data, collator, ranks)
-        if result.interrupted:
-            return result.metrics
         model.eval()
         with torch.no_grad():
             metrics = evaluate(model, data.evaluators, result.folder, result.checkpoint, is_main=ranks.is_main)

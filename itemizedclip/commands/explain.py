@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -72,6 +72,9 @@ class SetSettings:
 
     allow_missing: bool = False
     """Go on without names of --items-json that are not in --folder; otherwise they are an error."""
+
+    on_bad_sample: Literal["skip", "stop"] = "stop"
+    """An image or study that cannot be read is left out, named and counted, or ends the evaluation."""
 
     tolerance: float = 0.5
     """Pointing game: a peak this near to the mask still hits, in patches; 0 asks for the mask itself."""
@@ -228,7 +231,6 @@ def measure(options: ExplainOptions, loaded: LoadedModel, ranks: Ranks, precisio
         }
         name = f"{over.folder.resolve().name}, {len(dataset)} inputs"
     on_main(lambda: str(make_output_folder(output_of_set(options))))
-    is_study = loaded.config["vision_cfg"].get("tower", "vit") != "vit"
     with progress_bar("Explaining", enabled=ranks.is_main) as advance:
         evaluator = ExplainEvaluator(
             dataset,
@@ -236,9 +238,10 @@ def measure(options: ExplainOptions, loaded: LoadedModel, ranks: Ranks, precisio
             normalise_tokens=options.normalise_tokens,
             tolerance_px=tuple(over.tolerance * size for size in patch_of(loaded.config)),
             encoding=EncodingOptions(
-                batch_size=over.batch_size or (1 if is_study else 32),
+                batch_size=over.batch_size or (1 if loaded.input_kind == "studies" else 32),
                 num_workers=over.workers,
                 autocast_dtype=precision.autocast_dtype,
+                on_bad_sample=over.on_bad_sample,
             ),
             on_progress=advance,
         )
@@ -248,7 +251,7 @@ def measure(options: ExplainOptions, loaded: LoadedModel, ranks: Ranks, precisio
 
 
 def _scenes(over: SetSettings, loaded: LoadedModel) -> tuple[ScenesDataset, dict[str, Any]]:
-    if loaded.config["vision_cfg"].get("tower", "vit") != "vit":
+    if loaded.input_kind != "photographs":
         raise UserError("--scenes are photographs; a model of studies is measured by --folder")
     dataset = ScenesDataset(
         split="test",
@@ -282,7 +285,12 @@ def _report(options: ExplainOptions, name: str, metrics: dict[str, float], facts
         f"{facts['num_items']:,} items of {facts['num_images']:,} inputs, {facts['num_masks']:,} with a mask",
         soft_wrap=True,
     )
-    for what, names in (("not in the folder", facts.get("missing")), ("without items", facts.get("without_items"))):
+    left_out: dict[str, list[str]] = {
+        "not in the folder": facts.get("missing", []),
+        "without items": facts.get("without_items", []),
+        "that cannot be read": list(facts.get("unusable", {})),
+    }
+    for what, names in left_out.items():
         if names:
             console.print(literal(f"{len(names):,} names {what} are left out, such as {names[0]}"), soft_wrap=True)
     console.print(literal(f"written to {path}"), soft_wrap=True)

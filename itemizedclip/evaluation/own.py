@@ -26,7 +26,7 @@ from itemizedclip.evaluation.classification import (
 from itemizedclip.evaluation.results import metrics_table
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.evaluation.tcsim import Scoring
-from itemizedclip.models.factory import LoadedModel, create_transform
+from itemizedclip.models.factory import LoadedModel, create_transform, family_name
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import read_lines
 from itemizedclip.runtime.processes import on_main
@@ -125,10 +125,9 @@ def open_for_model(file: OwnFile, loaded: LoadedModel) -> Any:
     Raises:
         UserError: images for a model of studies, or the reverse.
     """
-    tower = loaded.config["vision_cfg"].get("tower", "vit")
-    if tower == "vit":
+    if loaded.input_kind == "photographs":
         return ImageItems(file, create_transform(loaded.config, is_train=False), num_items=1, is_train=False)
-    return OWN_READERS.load(tower)(file, loaded.config, loaded.meta.get("transform") or {})
+    return OWN_READERS.load(family_name(loaded.config))(file, loaded.config, loaded.meta.get("transform") or {})
 
 
 def read_classes(path: Path, template: str) -> ClassPrompts:

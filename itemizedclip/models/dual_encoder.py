@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +41,13 @@ class DualEncoder(nn.Module):
     the head, and call `init_logit_parameters`.
 
     Attributes:
+        input_kind: "photographs", which the core reads, or "studies", which the family's own readers do.
         config: JSON-able description; `itemizedclip.models.factory.create_model(config)` rebuilds the model.
         logit_scale: scalar parameter, τ = exp(logit_scale).
         logit_bias: scalar parameter β.
     """
 
+    input_kind: ClassVar[Literal["photographs", "studies"]] = "photographs"
     head_name: str
     logit_scale: nn.Parameter
     logit_bias: nn.Parameter
@@ -68,6 +70,11 @@ class DualEncoder(nn.Module):
             UserError: names the field, what it holds and what was expected.
         """
         return 0
+
+    @staticmethod
+    def reads_series_names(config: Mapping[str, Any]) -> bool:
+        """Whether a model of this config is conditioned on the names of a study's series."""
+        return False
 
     def init_logit_parameters(self) -> None:
         """Scale 1/0.07 and bias −10 unless the config says otherwise (`init_logit_scale` is the logarithm)."""

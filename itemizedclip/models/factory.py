@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
@@ -103,13 +103,23 @@ def check_config(config: Any, *, source: object) -> int:
     """
     with about(f"{source}: model config" if str(source) else "the model config"):
         check_common(config)
-        numbers = _family(config).check_config(config)
+        numbers = family_of(config).check_config(config)
         check_size(numbers)
     return numbers
 
 
-def _family(config: Mapping[str, Any]) -> type[DualEncoder]:
-    name = config["vision_cfg"].get("tower", "vit")
+def family_name(config: Mapping[str, Any]) -> str:
+    """The family a config belongs to, as registered."""
+    return str(config["vision_cfg"].get("tower", "vit"))
+
+
+def family_of(config: Mapping[str, Any]) -> type[DualEncoder]:
+    """The class of a config's models, which says what they read (`input_kind`, `reads_series_names`).
+
+    Raises:
+        UserError: no such family is installed.
+    """
+    name = family_name(config)
     if name not in FAMILIES.names():
         raise UserError(
             f"vision_cfg.tower is {brief(name)}; installed families: {', '.join(FAMILIES.names())}. "
@@ -133,7 +143,7 @@ def create_model(config: str | Mapping[str, Any], *, source: object = "") -> Dua
     else:
         check_config(config, source=source)
         resolved = copy.deepcopy(dict(config))
-    return _family(resolved)(resolved)
+    return family_of(resolved)(resolved)
 
 
 def create_tokenizer(config: Mapping[str, Any], *, fetch: bool = False, source: object = "") -> Callable[..., Tensor]:
@@ -149,7 +159,7 @@ def create_tokenizer(config: Mapping[str, Any], *, fetch: bool = False, source: 
     Raises:
         UserError: a tokenizer that is not there or cannot be used.
     """
-    own: Callable[..., Callable[..., Tensor]] | None = getattr(_family(config), "create_tokenizer", None)
+    own: Callable[..., Callable[..., Tensor]] | None = getattr(family_of(config), "create_tokenizer", None)
     if own is None:
         embedded = config["text_cfg"].get("vocab_size", CLIP_VOCABULARY)
         if embedded < CLIP_VOCABULARY:
@@ -200,7 +210,7 @@ def transform_spec(config: Mapping[str, Any]) -> dict[str, Any]:
 def _with_text_model(path: str | Path, config: Mapping[str, Any] | None, source: str | Path) -> Mapping[str, Any]:
     """The config with the shape and tokenizer of a text model, by the family's own rule."""
     assert config is not None  # checked before
-    change: Callable[..., Mapping[str, Any]] | None = getattr(_family(config), "with_text_model", None)
+    change: Callable[..., Mapping[str, Any]] | None = getattr(family_of(config), "with_text_model", None)
     if change is None:
         name = config.get("name", "this model")
         raise CheckpointError(f"{path}: {name} has one tokenizer, which is built in; drop --text-model")
@@ -228,13 +238,23 @@ class LoadedModel:
     source: str = ""
 
     @property
+    def input_kind(self) -> Literal["photographs", "studies"]:
+        """What the model reads."""
+        return family_of(self.config).input_kind
+
+    @property
+    def reads_series_names(self) -> bool:
+        """Whether it is conditioned on the names of a study's series."""
+        return family_of(self.config).reads_series_names(self.config)
+
+    @property
     def transform(self) -> Callable[..., Tensor]:
         """PIL picture → normalised float (3, H, W), as in evaluation.
 
         Raises:
             UserError: a model of studies, which are read from their files.
         """
-        if self.config["vision_cfg"].get("tower", "vit") != "vit":
+        if self.input_kind != "photographs":
             raise UserError("this model reads studies from their files: give paths to score() and explain()")
         return create_transform(self.config, is_train=False)
 

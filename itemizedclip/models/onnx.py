@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +94,12 @@ def export_onnx(loaded: LoadedModel, folder: Path) -> list[Path]:
     """
     model = loaded.model.float().eval()
     config = loaded.config
-    is_study = config["vision_cfg"].get("tower", "vit") != "vit"
+    is_study = loaded.input_kind == "studies"
     B, S, M, L = (torch.export.Dim(name, min=1, max=2**15) for name in ("B", "S", "M", "L"))
     context = int(getattr(loaded.tokenizer, "context_length"))  # noqa: B009  every tokenizer of ours has it
     # The graph takes the whole length too; the exporter, though, takes a slice of all columns for a case of its own.
     C = torch.export.Dim("C", min=2, max=context - 1)
-    images, names = _example_images(config)
+    images, names = _example_images(loaded)
     width = model.head.width
     if is_study:
         inputs: tuple[Tensor, ...] = (images,) if names is None else (images, names)
@@ -131,15 +130,15 @@ def export_onnx(loaded: LoadedModel, folder: Path) -> list[Path]:
     return [*written, folder / "tokenizer.json", folder / "model.json", folder / "example.py"]
 
 
-def _example_images(config: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+def _example_images(loaded: LoadedModel) -> tuple[Tensor, Tensor | None]:
     """An input of the model's kind; names where it reads the names of series."""
-    vision = config["vision_cfg"]
-    if vision.get("tower", "vit") == "vit":
+    vision = loaded.config["vision_cfg"]
+    if loaded.input_kind == "photographs":
         size = vision["image_size"]
         h, w = (size, size) if isinstance(size, int) else size
         return torch.randn(2, 3, h, w), None
     images = torch.randn(1, 3, 1, *vision["volume_size"])
-    if not vision.get("series_names"):
+    if not loaded.reads_series_names:
         return images, None
     names = torch.zeros(1, 3, 110, dtype=torch.int64)
     names[..., :4] = torch.tensor([[1, 24, 27, 46], [2, 24, 27, 46], [3, 24, 27, 46]])
@@ -227,7 +226,7 @@ def largest_difference(loaded: LoadedModel, folder: Path) -> float:
         name: onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"]).run for name in FILES
     }
     model, generator = loaded.model, torch.Generator().manual_seed(0)
-    images, names = _example_images(loaded.config)
+    images, names = _example_images(loaded)
     # One series, or one picture, less.
     images, names = (images[:1], None) if names is None and images.dim() == 4 else (images[:, :2], names)
     images = torch.randn(images.shape, generator=generator)

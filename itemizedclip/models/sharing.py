@@ -122,7 +122,7 @@ def model_card(loaded: LoadedModel, card: Card) -> str:
     """The README.md of a repository on the hub."""
     config, meta = loaded.config, loaded.meta
     vision = config["vision_cfg"]
-    is_study = vision.get("tower", "vit") != "vit"
+    is_study = loaded.input_kind == "studies"
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e6
     size = vision["volume_size"] if is_study else vision["image_size"]
     shown = "×".join(map(str, size)) if isinstance(size, (list, tuple)) else f"{size}×{size}"

@@ -24,7 +24,7 @@ from torch import Tensor
 from itemizedclip.data.batch import ItemBatch, ItemSample
 from itemizedclip.data.preflight import check_dataset, duplicate_warning
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import transform_spec
+from itemizedclip.models.factory import family_of, transform_spec
 from itemizedclip.models.lora import CONFIG_KEY
 from itemizedclip.runtime.claims import Claim
 from itemizedclip.runtime.collectives import all_reduce_max, all_reduce_sum, barrier, gather_objects
@@ -137,7 +137,7 @@ def _check(dataset: Any, collator: Any, step_batch: int, world_size: int) -> Non
 
 def _transform_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The transform of photographs that a config describes; nothing for other models."""
-    return transform_spec(config) if config["vision_cfg"].get("tower", "vit") == "vit" else {}
+    return transform_spec(config) if family_of(config).input_kind == "photographs" else {}
 
 
 # --- one step --------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ class OwnImages(OwnData):
             UserError: no --data, files that cannot be used, or a model of studies.
         """
         options = opening.options
-        if opening.model.config["vision_cfg"].get("tower", "vit") != "vit":
+        if opening.model.input_kind != "photographs":
             raise UserError("the model reads studies: add --like mri, head-ct or chest-ct")
 
         def images(file: OwnFile, *, is_train: bool) -> ImageItems:

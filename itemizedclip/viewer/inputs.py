@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from itemizedclip.data.images import decode_photograph
-from itemizedclip.models.factory import LoadedModel, create_transform
+from itemizedclip.models.factory import LoadedModel, create_transform, family_name
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.registry import Registry
 from itemizedclip.viewer.geometry import Geometry, geometry_of_transform
@@ -188,15 +188,15 @@ def open_input(source: str | Path, loaded: LoadedModel, choice: SeriesChoice | N
         SeriesListed: `choice.list_only`.
         ValueError: a model family that does not say how its inputs are read.
     """
-    tower = loaded.config["vision_cfg"].get("tower", "vit")
-    if tower == "vit":
+    if loaded.input_kind == "photographs":
         return open_photograph(Path(source).expanduser(), loaded)
-    if tower not in READERS.names():
+    family = family_name(loaded.config)
+    if family not in READERS.names():
         raise UserError(
-            f"no reader for inputs of models with vision_cfg.tower {tower!r}; run `pip install -e .` in the project so "
-            "that the wings register theirs"
+            f"no reader for inputs of models with vision_cfg.tower {family!r}; run `pip install -e .` in the project "
+            "so that the wings register theirs"
         )
-    return READERS.load(tower)(Path(source).expanduser(), loaded, choice or SeriesChoice())
+    return READERS.load(family)(Path(source).expanduser(), loaded, choice or SeriesChoice())
 
 
 def open_photograph(path: Path, loaded: LoadedModel) -> ModelInput:

@@ -88,6 +88,10 @@ class ExplainSet:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def sample_id(self, index: int) -> str:
+        """Its name in the item file."""
+        return self.entries[index].name
+
     def __getitem__(self, index: int) -> ItemSample:
         """Image or study `index`; raises BadSampleError when it cannot be read."""
         opened = self._open(index)

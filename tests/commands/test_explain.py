@@ -314,6 +314,22 @@ def test_a_folder_measures_as_the_scenes_it_holds(scenes_checkpoint, tmp_path, c
     assert without == pytest.approx({name: made[name] for name in ("mll", "mams", "nowhere_share")}, abs=1e-5)
 
 
+def test_what_cannot_be_read_ends_the_measures_or_is_left_out_and_named(scenes_checkpoint, tmp_path, capsys):
+    write_scenes(tmp_path / "set", 3)
+    arguments = ["--checkpoint", str(scenes_checkpoint), "--folder", str(tmp_path / "set"),
+                 "--items-json", str(tmp_path / "set" / "items.json"), "--output", str(tmp_path / "out")]  # fmt: skip
+    broken = next(path for path in sorted((tmp_path / "set").iterdir()) if path.name == "s1.png")
+    broken.write_bytes(b"no picture")
+    assert broken.name in fails(capsys, *arguments)
+    found = explain.main([*arguments, "--on-bad-sample", "skip"])
+    assert "1 names that cannot be read are left out, such as s1.png" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())["facts"]["unusable"]) == ["s1.png"]
+    items = json.loads((tmp_path / "set" / "items.json").read_text())
+    del items["s1.png"]
+    (tmp_path / "set" / "items.json").write_text(json.dumps(items))
+    assert explain.main(arguments) == pytest.approx(found, abs=1e-6)
+
+
 def test_a_cohort_of_studies(study_checkpoint, tmp_path):
     """Masks of findings.json against the evaluator on the same studies, stacked by hand."""
     cohort = write_studies(tmp_path, kind="mri", num_train=1, num_valid=4, seed=5, with_margin=True)

@@ -199,6 +199,9 @@ def test_wrong_training_flags_give_one_message(cohort, tmp_path, capsys):
     here = ("--data-root", str(cohort.mri), "--json-root", str(cohort.mri), "--logs", str(tmp_path))
     empty = tmp_path / "empty"
     empty.mkdir()
+    nameless = tmp_path / "nameless.json"
+    config = load_model_config(parse().model.model)
+    nameless.write_text(json.dumps(config | {"vision_cfg": config["vision_cfg"] | {"series_names": False}}))
     cases = [
         (("--data-root", "/nowhere"), "/nowhere"),
         (("--data-root", str(empty)), "is a folder in"),
@@ -212,6 +215,7 @@ def test_wrong_training_flags_give_one_message(cohort, tmp_path, capsys):
         (("--image-weights", str(cohort.mri / "train.json")), "train.json"),
         (("--model", "ViT-scenes-ItemizedCLIP"), "ViT-scenes-ItemizedCLIP"),
         (("--no-use-serienames",), "series names"),
+        (("--model", str(nameless)), "reads no series names"),
         (("--batch-size", "100"), "--batch-size"),
         (("--on-bad-sample", "stop"), "MRI5VALID00002"),
     ]

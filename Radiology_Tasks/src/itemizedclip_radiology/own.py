@@ -20,7 +20,7 @@ import numpy as np
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.items import normalise_item
 from itemizedclip.data.jsonl import OwnFile
-from itemizedclip.models.factory import create_model
+from itemizedclip.models.factory import create_model, family_of
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.flags import at_least
 from itemizedclip.runtime.processes import on_main
@@ -215,7 +215,7 @@ class OwnStudyRun(RadiologyRun):
         config = on_main(lambda: checkpoint_config(self.model))
         if config is None:
             return super().create_model()
-        if config["vision_cfg"].get("tower") != "hlip":
+        if family_of(config).input_kind != "studies":
             raise UserError(f"{self.model.pretrained}: its model reads photographs; leave out --like {self.data.like}")
         if self.data.volume_size is not None:
             config["vision_cfg"] = {**config["vision_cfg"], "volume_size": list(self.data.volume_size)}

@@ -100,6 +100,11 @@ class StudyData:
         vision = trunk_config(opening.model)
         if vision.series_names and not self.use_serienames:
             raise UserError(f"--model {options.model.model} reads series names; drop --no-use-serienames")
+        if not vision.series_names:
+            raise UserError(
+                f"--model {options.model.model} reads no series names, by which the series of a study are told apart; "
+                "give a model whose config says series_names"
+            )
         reports = None if self.reports is None else read_report_table(self.reports)
 
         def split(json_path: Path, *, is_train: bool) -> BrainStudies:

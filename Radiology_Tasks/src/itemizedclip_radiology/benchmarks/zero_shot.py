@@ -161,11 +161,10 @@ class StudyOptions(BenchmarkOptions):
         Raises:
             ValueError: a model for other studies.
         """
-        vision = loaded.config["vision_cfg"]
-        names = bool(vision.get("series_names", False))
+        names = loaded.reads_series_names
         if names and not self.use_serienames:
             raise UserError(f"{self.checkpoint}: its model reads series names; drop --no-use-serienames")
-        d, h, w = vision["volume_size"]
+        d, h, w = loaded.config["vision_cfg"]["volume_size"]
         return replace(studies, size=(d, h, w), series_names=names)
 
     @abstractmethod
@@ -177,7 +176,7 @@ class StudyOptions(BenchmarkOptions):
     def open(self, subject: Subject) -> Benchmark:
         """Studies, labels and texts, and the scores that are known of them."""
         loaded = subject.loaded
-        if loaded.config["vision_cfg"].get("tower") != "hlip":
+        if loaded.input_kind != "studies":
             raise UserError(
                 f"{self.checkpoint}: its model takes no studies; give one of train_mri, train_ct, train_ctrate"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.factory import create_model, load_model_config
+from itemizedclip.models.factory import create_model, family_of, load_model_config
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.processes import on_main
 from itemizedclip.training.options import ModelSettings, RunOptions
@@ -54,7 +54,7 @@ def model_config(settings: ModelSettings, initial: InitialWeights, volume_size: 
         ValueError: no such model, or one for other images.
     """
     config = load_model_config(settings.model)
-    if config["vision_cfg"].get("tower") != "hlip":
+    if family_of(config).input_kind != "studies":
         raise UserError(f"--model {settings.model} is no model of 3-D studies; for example HLIPSN_debug is one")
     if volume_size is not None:
         config["vision_cfg"] = {**config["vision_cfg"], "volume_size": list(volume_size)}

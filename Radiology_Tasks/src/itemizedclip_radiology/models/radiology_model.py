@@ -68,6 +68,7 @@ class RadiologyItemizedCLIP(DualEncoder):
             `init_logit_scale`, `init_logit_bias`. Unknown keys of the two towers raise ValueError.
     """
 
+    input_kind = "studies"
     head_name = "visual_attn"
     config_folder = Path(__file__).parent / "configs"
 
@@ -96,6 +97,11 @@ class RadiologyItemizedCLIP(DualEncoder):
     def with_text_model(config: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
         """A configuration with the shape and tokenizer of the BERT in a folder, or of a hub name."""
         return with_text_model(config, source)
+
+    @staticmethod
+    def reads_series_names(config: Mapping[str, Any]) -> bool:
+        """See `DualEncoder`."""
+        return bool(config["vision_cfg"].get("series_names", False))
 
     @property
     def context_length(self) -> int:

@@ -117,7 +117,7 @@ def load_chest_model(options: InferenceOptions) -> LoadedModel:
     """
     device = choose_device(options.device, 0, 1)
     loaded = load_pretrained(options.resume, config=options.model, text_model=options.text_model)
-    if loaded.config["vision_cfg"].get("tower") != "hlip" or body_of(loaded.config) != "chest":
+    if loaded.input_kind != "studies" or body_of(loaded.config) != "chest":
         raise UserError(
             f"{options.resume}: is no chest CT model; expected a checkpoint of train_ctrate (other models are asked by "
             "itemizedclip explain)"

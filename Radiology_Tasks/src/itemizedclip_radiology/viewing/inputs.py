@@ -146,7 +146,7 @@ def open_input(
         name=_name_of(source),
         image=torch.stack([one.image for one in series]),
         views=[one.view for one in series],
-        series_names=encode_series_names(names) if loaded.config["vision_cfg"].get("series_names") else None,
+        series_names=encode_series_names(names) if loaded.reads_series_names else None,
         items=report_beside(source.resolve()),
         notes=remarks.notes,
         warnings=remarks.warnings,
