@@ -21,15 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from itemizedclip.data.batch import ItemCollator, Tokenizer
-from itemizedclip.data.scenes import LEVELS, SIZE_WORDS, ScenesDataset, class_labels, class_prompts
+from itemizedclip.data.scenes import LEVELS, ScenesDataset
 from itemizedclip.evaluation.attention import item_maps
-from itemizedclip.evaluation.classification import ClassPrompts, MultiLabelEvaluator
-from itemizedclip.evaluation.contrast import ContrastEvaluator
-from itemizedclip.evaluation.encoding import EncodingOptions
-from itemizedclip.evaluation.explanation import ExplainEvaluator
 from itemizedclip.evaluation.results import EvaluationReport, format_measure, write_results
-from itemizedclip.evaluation.retrieval import RetrievalEvaluator
-from itemizedclip.evaluation.tcsim import Scoring
+from itemizedclip.evaluation.scenes import scene_evaluators
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import create_transform
 from itemizedclip.runtime.collectives import barrier
@@ -50,9 +45,6 @@ from itemizedclip.viewer.figures import attention_figure, save_figure
 from itemizedclip.viewer.geometry import geometry_of_transform, map_to_input
 
 logger = logging.getLogger(__name__)
-
-PATCH_PX = 8
-"""Patch size of the recipes' model, px."""
 
 DESCRIPTION = "Train a small model on the embedded itemized scenes, evaluate it, and draw where its items looked."
 
@@ -150,44 +142,7 @@ def scenes_debug() -> ScenesRun:
 RECIPES = {"scenes": scenes, "scenes_debug": scenes_debug}
 
 
-# --- the three evaluations -------------------------------------------------------------------------------------------
-
-
-def zero_shot_prompts(level: str) -> ClassPrompts:
-    """Every colour-digit pair, asked for in each size: "a small red seven", "a large red seven"."""
-    names = [prompt for prompt, _ in class_prompts(level)]
-    bare = [name.partition(" ")[2] for name in names]
-    return ClassPrompts(names, [[f"a {size} {name}" for size in SIZE_WORDS] for name in bare])
-
-
-def scene_evaluators(test: ScenesDataset, tokenizer: Tokenizer, scoring: Scoring) -> list[Any]:
-    """Zero-shot over all colour-digit classes, retrieval, contrasts, and explanation metrics with the scenes' masks.
-
-    A head that no objective trained (`--baseline clip`) has nothing to explain.
-    """
-    encoding = EncodingOptions(batch_size=50)
-    evaluators: list[Any] = [
-        MultiLabelEvaluator(
-            test,
-            tokenizer,
-            zero_shot_prompts(test.level.name),
-            class_labels(test),
-            name="zero_shot",
-            scorings=(scoring,),
-            encoding=encoding,
-        ),
-        # Two scenes may both show "a small red seven": neither is wrong for the other.
-        RetrievalEvaluator(
-            test, tokenizer, name="retrieval", scoring=scoring, equal_texts_are_rivals=False, encoding=encoding
-        ),
-        ContrastEvaluator(test, tokenizer, name="contrast", scoring=scoring, encoding=encoding),
-    ]
-    if scoring == "tcsim":
-        # A map's peak is known to a patch: half of one (4 px) around the item's pen strokes still counts.
-        evaluators.append(
-            ExplainEvaluator(test, tokenizer, name="explain", tolerance_px=PATCH_PX / 2, encoding=encoding)
-        )
-    return evaluators
+# --- evaluation ----------------------------------------------------------------------------------------------------
 
 
 def evaluate(

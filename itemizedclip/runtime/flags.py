@@ -51,40 +51,59 @@ def read_flags(
     if published:
         with logging_to_console(int(os.environ.get("RANK", 0))):
             arguments = without_published(kind, arguments)
+    program = prog or Path(sys.argv[0]).name
+    said = _Held(sys.stderr)
     try:
-        with ending_quietly(), _shown_messages(arguments):
+        with ending_quietly(), redirect_stderr(cast(TextIO, said)):
             options: OptionsT = tyro.cli(
                 kind, args=arguments, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,), **more
             )
             check_numbers(options)
-            return options
-    except ValueError as error:  # tyro before 1.0 lets what a field's class raises through
-        print(f"{prog or Path(sys.argv[0]).name}: error: {shown(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except ValueError as error:  # a number that is refused; tyro before 1.0 lets through what a field's class raises
+        broken: ValueError | None = error
+    except SystemExit as stop:
+        broken = _broken_rule(stop)
+        if broken is None:
+            # The parser repeats what was typed.
+            said.release(escaped=any(shown(argument) != argument for argument in arguments))
+            raise
+    else:
+        said.release(escaped=False)
+        return options
+    print(f"{program}: error: {shown(broken)} ({program} --help lists the flags)", file=sys.stderr)
+    raise SystemExit(2)
 
 
-class _Shown:
-    """Standard error for the parser's messages, which repeat what was typed."""
+def _broken_rule(stop: SystemExit) -> UserError | None:
+    """The sentence of an options class whose rule ended the parsing; the parser would name the class beside it."""
+    error: BaseException | None = stop
+    while error is not None and not isinstance(error, UserError):
+        error = error.__context__
+    return error
 
-    def __init__(self, stream: Any) -> None:
+
+class _Held:
+    """Standard error during parsing, until it is known whether a sentence of our own says it better."""
+
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._written: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._stream.write(shown(text))
+        self._written.append(text)
         return len(text)
 
     def flush(self) -> None:
+        """Nothing yet."""
+
+    def release(self, *, escaped: bool) -> None:
+        """Say it; escaped, when an argument holds what a terminal would obey (the message has no colours then)."""
+        text = "".join(self._written)
+        self._stream.write(shown(text) if escaped else text)
         self._stream.flush()
-
-
-@contextmanager
-def _shown_messages(arguments: Sequence[str]) -> Iterator[None]:
-    """Escape what a terminal would obey when an argument holds such; the messages have no colours then."""
-    if all(shown(argument) == argument for argument in arguments):
-        yield
-        return
-    with redirect_stderr(cast(TextIO, _Shown(sys.stderr))):
-        yield
 
 
 @contextmanager

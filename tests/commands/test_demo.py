@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import fails
 from PIL import Image
 
 from itemizedclip.commands.cli import COMMANDS
 from itemizedclip.commands.cli import main as cli
 from itemizedclip.commands.demo import RECIPES, main
+from itemizedclip.commands.evaluate import main as evaluate_main
 
 MEASURES = {"zero_shot/macro_auc", "retrieval/text_to_image_R@1", "contrast/binding", "explain/pointing_game",
             "explain/miou", "explain/mll", "explain/mams"}  # fmt: skip
@@ -57,6 +59,24 @@ def test_two_processes_evaluate_to_the_same_numbers(one_process):
     )  # fmt: skip
     after = json.loads((one_process / "results.json").read_text())["metrics"]
     assert after == pytest.approx(before, rel=1e-5)
+
+
+def test_evaluated_by_name_to_the_same_numbers(one_process, tmp_path, capsys):
+    before = json.loads((one_process / "results.json").read_text())
+    seed = json.loads((one_process / "params.json").read_text())["run"]["seed"]
+    checkpoint = str(one_process / "checkpoints" / "epoch_1.pt")
+    flags = ["--num-scenes", "60", "--seed", str(seed), "--output", str(tmp_path / "r.json"), "--workers", "0"]
+    found = evaluate_main(["scenes", "--checkpoint", checkpoint, *flags])
+    assert found == pytest.approx(before["metrics"], rel=1e-5)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["metrics"] == found
+    assert report["facts"]["explain"]["num_masks"] == before["facts"]["explain"]["num_masks"] > 60
+    assert "pointing_game" in capsys.readouterr().out
+    global_only = evaluate_main(["scenes", "--checkpoint", checkpoint, *flags, "--no-inference-with-flair"])
+    assert {name.partition("/")[0] for name in global_only} == {"zero_shot", "retrieval", "contrast"}
+    assert "expected one of easy" in fails(
+        capsys, evaluate_main, ["scenes", "--checkpoint", checkpoint, "--level", "impossible"]
+    )
 
 
 def test_every_recipe_builds():

@@ -129,7 +129,7 @@ def test_what_brings_a_missing_package(installed):
 def test_the_projects_own_benchmarks():
     found = run(sys.executable, "-m", "itemizedclip", "evaluate", "--help")
     assert found.returncode == 0, found.stderr
-    for name in ("pub-brain-5", "rsna", "cq500", "ct-rate", "rad-chestct", "rsicd", "coco", "flickr30k"):
+    for name in ("scenes", "pub-brain-5", "rsna", "cq500", "ct-rate", "rad-chestct", "rsicd", "coco", "flickr30k"):
         assert f"  {name} " in found.stdout
     lines = [
         "import importlib.util, sys",

@@ -41,6 +41,25 @@ def test_help_shows_docstrings_and_unknown_flags_are_one_message(capsys):
     assert "--sise" in capsys.readouterr().err
 
 
+@dataclass(frozen=True)
+class Ruled:
+    """Options with a rule."""
+
+    count: int = 0
+    """How many."""
+
+    def __post_init__(self) -> None:
+        flags.at_least(self, count=0)
+
+
+def test_a_rule_of_ours_is_one_sentence_without_the_names_of_classes(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read_flags(Ruled, ["--count=-1"], prog="count", description=None)
+    assert stop.value.code == 2
+    message = "count: error: --count is -1; expected at least 0 (count --help lists the flags)\n"
+    assert capsys.readouterr().err == message
+
+
 @pytest.mark.parametrize("command", ["2D_images_tasks/src/main.py --help", "-m itemizedclip.commands.cli demo --help"])
 def test_help_that_nobody_reads_to_its_end_leaves_no_trace(command):
     # `true` reads nothing, so that the first line already finds the pipe closed.
