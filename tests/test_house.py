@@ -217,6 +217,15 @@ def test_the_list_of_commands_loads_nothing_heavy():
     assert loaded & HEAVY == set()
 
 
+def test_flags_of_runs_load_no_towers():
+    """What takes most of the time to import is loaded when a model is made, not for --help or a wrong flag."""
+    loaded = packages_loaded_by(
+        "import itemizedclip.commands.demo, itemizedclip.commands.explain, itemizedclip_2d.recipes, "
+        "itemizedclip_radiology.recipes"
+    )
+    assert loaded & {"open_clip", "timm", "transformers", "sklearn", "torchvision"} == set()
+
+
 # --- the wheel -------------------------------------------------------------------------------------------------------
 
 

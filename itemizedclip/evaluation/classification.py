@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError, Tokenizer
@@ -366,6 +365,8 @@ def class_ranks(scores_NC: Tensor, labels_N: Tensor) -> Tensor:
 
 def class_aucs(scores_NC: Tensor, labels_NC: np.ndarray) -> list[float | None]:
     """Area under the ROC curve of each class (scikit-learn), None where it is undefined; NaN labels are left out."""
+    from sklearn.metrics import roc_auc_score  # takes a second: only here
+
     scores = scores_NC.double().numpy()
     aucs: list[float | None] = []
     for column in range(scores.shape[1]):

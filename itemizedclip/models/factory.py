@@ -14,13 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from torch import Tensor
 
 from itemizedclip.models.config import check_common, check_size
 from itemizedclip.models.dual_encoder import DualEncoder
-from itemizedclip.models.image_text_2d import ItemizedCLIP2D
 from itemizedclip.models.lora import fold
 from itemizedclip.models.tokenizers import CLIP_VOCABULARY, ClipTokenizer
 from itemizedclip.models.weights import CheckpointError, given_checkpoint, load_weights, read_checkpoint
@@ -31,7 +28,7 @@ from itemizedclip.runtime.registry import MissingExtraError, Registry
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
-FAMILIES: Registry[type[DualEncoder]] = Registry("itemizedclip.models", "model family", {"vit": ItemizedCLIP2D})
+FAMILIES: Registry[type[DualEncoder]] = Registry("itemizedclip.models", "model family")
 """Value of `vision_cfg.tower` → DualEncoder class."""
 
 
@@ -109,8 +106,9 @@ def check_config(config: Any, *, source: object) -> int:
 
 
 def family_name(config: Mapping[str, Any]) -> str:
-    """The family a config belongs to, as registered."""
-    return str(config["vision_cfg"].get("tower", "vit"))
+    """The family a config belongs to, as registered (any value, in a config that was not checked)."""
+    name: str = config["vision_cfg"].get("tower", "vit")
+    return name
 
 
 def family_of(config: Mapping[str, Any]) -> type[DualEncoder]:
@@ -179,6 +177,8 @@ def create_transform(config: Mapping[str, Any], *, is_train: bool) -> Callable[.
     Evaluation: shorter side resized, centre crop. Mean and deviation are CLIP's unless `preprocess` says otherwise.
     """
     preprocess = transform_spec(config)
+    from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2  # takes seconds: only here
+
     cfg = PreprocessCfg(
         size=preprocess["image_size"],
         mean=tuple(preprocess["mean"]),
@@ -193,6 +193,8 @@ def create_transform(config: Mapping[str, Any], *, is_train: bool) -> Callable[.
 
 def transform_spec(config: Mapping[str, Any]) -> dict[str, Any]:
     """What `create_transform` does, as plain data for checkpoints and result files."""
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
     spec = {
         "image_size": config["vision_cfg"]["image_size"],
         "mean": list(OPENAI_DATASET_MEAN),
@@ -318,3 +320,16 @@ def _has_tokenizer(config: Mapping[str, Any]) -> bool:
     except MissingFileError:
         return False
     return True
+
+
+def expect_photographs(loaded: LoadedModel, source: object) -> None:
+    """Refuse a model of studies where photographs are read.
+
+    Raises:
+        CheckpointError: names `source`, the checkpoint.
+    """
+    if loaded.input_kind != "photographs":
+        raise CheckpointError(
+            f"{source}: holds a {type(loaded.model).__name__}, which reads volumes; expected a model of photographs, "
+            "such as ViT-B-16-ItemizedCLIP"
+        )

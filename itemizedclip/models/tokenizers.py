@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from itemizedclip.runtime.registry import MissingExtraError
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
 
 CLIP_VOCABULARY = 49_408
 """Entries of CLIP's vocabulary: ids that the text tower must embed."""
@@ -19,7 +22,8 @@ CLIP_VOCABULARY = 49_408
 
 @lru_cache(maxsize=1)
 def _clip_bpe() -> SimpleTokenizer:
-    # Reading the vocabulary takes half a second: once per process.
+    from open_clip.tokenizer import SimpleTokenizer  # takes seconds, reading the vocabulary half of one: only here
+
     return SimpleTokenizer()
 
 

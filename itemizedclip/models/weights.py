@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import Tensor
 
 from itemizedclip.models.archive import DamagedError, is_archive, unusable_tensor, verify_archive
@@ -254,6 +253,8 @@ def _resize_position_tables(model: DualEncoder, renamed: dict[str, Tensor], own:
     own_rule: Callable[..., list[str]] | None = getattr(model, "resize_position_tables", None)
     if own_rule is not None:
         return own_rule(renamed)
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed  # takes seconds: only here
+
     notes = []
     tables = {"visual.positional_embedding": resize_pos_embed, "positional_embedding": resize_text_pos_embed}
     for key, resize in tables.items():

@@ -29,10 +29,8 @@ from itemizedclip.evaluation.encoding import EncodingOptions, encode_texts
 from itemizedclip.evaluation.tcsim import GlobalScorer, top_images
 from itemizedclip.evaluation.tcsim_folded import scorer_of_stored_tokens
 from itemizedclip.models.dual_encoder import ImageFeatures
-from itemizedclip.models.factory import LoadedModel, create_transform, load_pretrained
-from itemizedclip.models.image_text_2d import ItemizedCLIP2D
+from itemizedclip.models.factory import LoadedModel, create_transform, expect_photographs, load_pretrained
 from itemizedclip.models.tokenizers import ClipTokenizer
-from itemizedclip.models.weights import CheckpointError
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.processes import choose_device
@@ -263,9 +261,5 @@ def load_photograph_model(path: Path, config: str | dict | None) -> LoadedModel:
         CheckpointError: a checkpoint that cannot be used, or of a model that reads volumes.
     """
     loaded = load_pretrained(path, config=config)
-    if not isinstance(loaded.model, ItemizedCLIP2D):
-        raise CheckpointError(
-            f"{path}: holds a {type(loaded.model).__name__}, which reads volumes; an index is of photographs: expected "
-            "a model such as ViT-B-16-ItemizedCLIP"
-        )
+    expect_photographs(loaded, path)
     return loaded

@@ -17,10 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from open_clip.transform import CenterCropOrPad, MaybeConvertMode, ResizeKeepRatio
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
 from itemizedclip.runtime.errors import UserError
 
@@ -108,6 +106,10 @@ def geometry_of_transform(transform: Callable[..., Any], input_size: tuple[int, 
     Raises:
         ValueError: a step that is not known here, such as a random one.
     """
+    # Here, because importing them takes seconds that models of studies do not need.
+    from open_clip.transform import CenterCropOrPad, MaybeConvertMode, ResizeKeepRatio
+    from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
+
     geometry = Geometry.of_input(input_size)
     for step in transform.transforms if isinstance(transform, Compose) else [transform]:
         if isinstance(step, (Resize, ResizeKeepRatio)):

@@ -33,6 +33,7 @@ from itemizedclip_radiology.models.text_tower import (
     load_bert_weights,
     with_text_model,
 )
+from itemizedclip_radiology.recipes import MAE_HUB_NAME
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -732,7 +733,7 @@ def test_wrong_mae_weights_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"model.safetensors.*--image-weights FOLDER"):
-        load_mae_weights(trunk)
+        load_mae_weights(trunk, MAE_HUB_NAME)
     assert all(torch.equal(v, before[k]) for k, v in trunk.state_dict().items())
 
 

@@ -514,7 +514,7 @@ def test_features_that_cannot_be_kept(world, tmp_path, value, message):
 def test_a_model_of_volumes(world, tmp_path, capfd):
     checkpoint = save_model(tmp_path / "volumes.pt", config=create_model("HLIPSN_debug").config)
     message = refused(capfd, "index", world.images, "--checkpoint", checkpoint, "--output", tmp_path / "i")
-    assert "which reads volumes; an index is of photographs" in message
+    assert "which reads volumes; expected a model of photographs" in message
 
 
 def test_links_are_followed_once(world, tmp_path):

@@ -28,9 +28,7 @@ from itemizedclip.evaluation.ranks import RETRIEVAL_CUTOFFS, retrieval_table
 from itemizedclip.evaluation.results import format_measure, metrics_table
 from itemizedclip.evaluation.retrieval import RetrievalEvaluator
 from itemizedclip.evaluation.tcsim import Scoring
-from itemizedclip.models.factory import create_transform, transform_spec
-from itemizedclip.models.image_text_2d import ItemizedCLIP2D
-from itemizedclip.models.weights import CheckpointError
+from itemizedclip.models.factory import create_transform, expect_photographs, transform_spec
 from itemizedclip.runtime.errors import EXIT_WRONG_FLAG
 from itemizedclip.runtime.processes import main_first
 from itemizedclip_2d.retrieval_sets import RetrievalSet, Transform, coco_karpathy, coco_val2017, flickr30k
@@ -53,11 +51,7 @@ class PhotographOptions(BenchmarkOptions):
         Raises:
             CheckpointError: a model of studies.
         """
-        if not isinstance(subject.loaded.model, ItemizedCLIP2D):
-            raise CheckpointError(
-                f"{self.checkpoint}: holds a {type(subject.loaded.model).__name__}, which reads volumes; "
-                "expected a model of photographs, such as ViT-B-16-ItemizedCLIP"
-            )
+        expect_photographs(subject.loaded, self.checkpoint)
         return create_transform(subject.loaded.config, is_train=False)
 
 

@@ -19,10 +19,8 @@ from rich.table import Table
 
 from itemizedclip.data.items import check_text
 from itemizedclip.evaluation.attention import ItemMaps
-from itemizedclip.models.factory import LoadedModel, load_pretrained
-from itemizedclip.models.image_text_2d import ItemizedCLIP2D
+from itemizedclip.models.factory import LoadedModel, expect_photographs, load_pretrained
 from itemizedclip.models.tokenizers import ClipTokenizer
-from itemizedclip.models.weights import CheckpointError
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import check_writable
 from itemizedclip.runtime.logs import literal, progress_bar, shown
@@ -222,11 +220,7 @@ def load_viewer(model: ModelSettings, pictures: PictureSettings) -> Viewer:
     """
     device = choose_device(model.device, 0, 1)
     loaded = load_pretrained(model.resume, config=model.model)
-    if not isinstance(loaded.model, ItemizedCLIP2D):
-        raise CheckpointError(
-            f"{model.resume}: holds a {type(loaded.model).__name__}, which reads volumes; "
-            "expected a model of photographs, such as ViT-B-16-ItemizedCLIP"
-        )
+    expect_photographs(loaded, model.resume)
     loaded.model.to(device)
     return Viewer(loaded, pictures)
 

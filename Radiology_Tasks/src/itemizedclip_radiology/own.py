@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,9 +33,11 @@ from itemizedclip_radiology.data.studies import LoadedStudy, SeriesFile
 from itemizedclip_radiology.data.study_dataset import StudyDataset, UsableStudies
 from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size, read_volume
 from itemizedclip_radiology.models.initial import RadiologyRun, trunk_config, volume_transform
-from itemizedclip_radiology.models.radiology_model import RadiologyItemizedCLIP
 from itemizedclip_radiology.recipes import ctrate, ctrate_debug, mri, mri_debug
 from itemizedclip_radiology.viewing.inputs import body_of
+
+if TYPE_CHECKING:
+    from itemizedclip_radiology.models.radiology_model import RadiologyItemizedCLIP
 
 
 def _index(file: OwnFile, *, is_train: bool, lower_case: bool) -> StudyIndex:
@@ -212,6 +214,8 @@ class OwnStudyRun(RadiologyRun):
 
     def create_model(self) -> RadiologyItemizedCLIP:
         """See `RunOptions`; with an empty --model the one of --pretrained."""
+        from itemizedclip_radiology.models.radiology_model import RadiologyItemizedCLIP
+
         config = on_main(lambda: checkpoint_config(self.model))
         if config is None:
             return super().create_model()

@@ -44,9 +44,11 @@ from itemizedclip_radiology.data.reports import read_report_table
 from itemizedclip_radiology.data.study_dataset import UsableStudies
 from itemizedclip_radiology.data.volumes import Size
 from itemizedclip_radiology.models.initial import InitialWeights, RadiologyRun, trunk_config, volume_transform
-from itemizedclip_radiology.models.mae_init import HUB_NAME as MAE_HUB_NAME
 
 logger = logging.getLogger(__name__)
+
+MAE_HUB_NAME = "timm/vit_base_patch16_224.mae"
+"""MAE ViT-B/16 pretrained on ImageNet, the published starting point."""
 
 BIOMEDBERT_HUB_NAME = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
 """The text tower's published starting point."""

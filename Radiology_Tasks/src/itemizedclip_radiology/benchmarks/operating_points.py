@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, precision_score, recall_score
-from sklearn.model_selection import StratifiedKFold
 
 NUM_FOLDS = 5
 FOLD_SEED = 0
@@ -106,6 +104,8 @@ def decide_across_folds(scores_N: np.ndarray, labels_N: np.ndarray, groups_N: Se
     Returns:
         None when fewer than two groups have the finding, or fewer than two are without it.
     """
+    from sklearn.model_selection import StratifiedKFold  # takes a second: only here
+
     groups, group_N = np.unique(np.asarray(groups_N), return_inverse=True)
     has_finding = np.zeros(len(groups), dtype=np.int8)
     np.maximum.at(has_finding, group_N, labels_N.astype(np.int8))
@@ -124,6 +124,8 @@ def decide_across_folds(scores_N: np.ndarray, labels_N: np.ndarray, groups_N: Se
 
 def measure_decisions(labels_N: np.ndarray, positive_N: np.ndarray) -> dict[str, float]:
     """The `MEASURES` of one class (scikit-learn); a precision without any positive call is 0."""
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, precision_score, recall_score
+
     predicted_N = positive_N.astype(labels_N.dtype)
     return {
         "accuracy": float(accuracy_score(labels_N, predicted_N)),

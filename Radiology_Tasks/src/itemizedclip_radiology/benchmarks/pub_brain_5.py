@@ -24,7 +24,6 @@ import torch
 import tyro
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip_radiology.benchmarks.labelled_studies import (
@@ -224,6 +223,9 @@ def task_measures(scores_NC: np.ndarray, truth_N: np.ndarray) -> dict[str, float
         scores_NC: scores of the task's C classes; of two, the second is the disease.
         truth_N: class numbers.
     """
+    # Here, because importing it takes a second that most users don't need.
+    from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
+
     C = scores_NC.shape[1]
     if set(truth_N.tolist()) != set(range(C)):
         return {}

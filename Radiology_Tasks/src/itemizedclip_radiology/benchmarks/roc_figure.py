@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.metrics import roc_curve
 
 _COLUMNS = 4
 _PANEL_INCHES = 2.3
@@ -38,6 +37,8 @@ class RocCurve:
 
 def roc_figure(title: str, curves: Sequence[RocCurve]) -> Figure:
     """One panel per finding, in order: its curve, its AUC, and the operating point nearest to the corner."""
+    from sklearn.metrics import roc_curve
+
     columns = min(_COLUMNS, len(curves))
     rows = math.ceil(len(curves) / columns)
     with matplotlib.style.context("default"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import create_model, family_of, load_model_config
@@ -15,10 +15,10 @@ from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.processes import on_main
 from itemizedclip.training.options import ModelSettings, RunOptions
 from itemizedclip_radiology.data.volumes import GREY_MEAN, GREY_STD, Size
-from itemizedclip_radiology.models.hlip import HLIPConfig
-from itemizedclip_radiology.models.mae_init import mae_weights_file
-from itemizedclip_radiology.models.radiology_model import RadiologyItemizedCLIP, load_initial_weights
-from itemizedclip_radiology.models.text_tower import with_text_model
+
+if TYPE_CHECKING:  # the towers take seconds to import, which flags and --help do not need
+    from itemizedclip_radiology.models.hlip import HLIPConfig
+    from itemizedclip_radiology.models.radiology_model import RadiologyItemizedCLIP
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def model_config(settings: ModelSettings, initial: InitialWeights, volume_size: 
     if volume_size is not None:
         config["vision_cfg"] = {**config["vision_cfg"], "volume_size": list(volume_size)}
     if initial.text_model is not None:
+        from itemizedclip_radiology.models.text_tower import with_text_model
+
         config = with_text_model(config, initial.text_model)
     return config
 
@@ -73,6 +75,9 @@ def build_model(options: RadiologyRun, volume_size: Size | None) -> RadiologyIte
     Raises:
         FileNotFoundError, ValueError: weights that are not there or do not fit.
     """
+    from itemizedclip_radiology.models.mae_init import mae_weights_file
+    from itemizedclip_radiology.models.radiology_model import RadiologyItemizedCLIP, load_initial_weights
+
     settings, initial = options.model, options.initial
 
     def fetch() -> None:
@@ -101,5 +106,7 @@ def volume_transform(volume_size: Size, **more: Any) -> dict[str, Any]:
 
 def trunk_config(model: DualEncoder) -> HLIPConfig:
     """Size and attention table of a radiology model's trunk."""
+    from itemizedclip_radiology.models.radiology_model import RadiologyItemizedCLIP
+
     assert isinstance(model, RadiologyItemizedCLIP)  # `model_config` lets no other through
     return model.visual.trunk.config

@@ -16,9 +16,6 @@ from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip_radiology.models.hlip import HLIP, sincos_table_1d
 from itemizedclip_radiology.models.weight_files import LoadReport, local_folder, read_state_dict
 
-HUB_NAME = "timm/vit_base_patch16_224.mae"
-"""MAE ViT-B/16 pretrained on ImageNet, the published starting point."""
-
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -58,7 +55,7 @@ def mae_weights_file(source: str | Path) -> Path:
 
 
 @torch.no_grad()
-def load_mae_weights(trunk: HLIP, source: str | Path = HUB_NAME) -> LoadReport:
+def load_mae_weights(trunk: HLIP, source: str | Path) -> LoadReport:
     """Start the trunk from MAE ViT weights (timm's or MAE's naming, which agree).
 
     Blocks and final norm are copied. The class token takes up its own row of the 2-D position table, which the 3-D

@@ -174,7 +174,7 @@ def load_initial_weights(
 
     Args:
         model: gets the weights.
-        image_weights: MAE ViT-B/16 file, folder or hub name (`itemizedclip_radiology.models.mae_init.HUB_NAME`).
+        image_weights: MAE ViT-B/16 file, folder or hub name (`itemizedclip_radiology.recipes.MAE_HUB_NAME`).
         series_name_weights: file with the series-name encoder, or a released checkpoint that contains it.
         text_model: BERT folder, weights file or hub name.
 
