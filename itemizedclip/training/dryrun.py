@@ -32,7 +32,7 @@ from itemizedclip.data.sampler import CheckedDataset
 from itemizedclip.data.workers import SHARED_MEMORY, free_shared_memory, shared_memory_need, tensor_bytes
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.runtime.collectives import all_reduce_max, gather_objects
-from itemizedclip.runtime.errors import EXIT_WRONG_FILE, UserError
+from itemizedclip.runtime.errors import EXIT_WRONG_FILE, foreseen
 from itemizedclip.runtime.flags import loader_processes, usable_cores
 from itemizedclip.runtime.logs import duration, literal, shown
 from itemizedclip.runtime.processes import Ranks, StopRequest, on_main
@@ -57,11 +57,7 @@ PROBE_S = 15.0
 MAX_STEPS = 4
 """Steps that are timed at most; the first, which sets libraries up, does not count where there are more."""
 
-OUT_OF_MEMORY = (
-    "the GPU's memory is too small; lower --batch-size (with a higher --accum-freq the contrastive batch stays), or "
-    "use --grad-checkpointing"
-)
-ELSEWHERE = "the main process says what is wrong"
+ELSEWHERE = "another process says what is wrong"
 
 Verdict = Literal["ok", "note", "wrong", "open"]
 
@@ -142,14 +138,11 @@ class DryRun:
         """What a user can mend and the block raises becomes a finding, and the block ends there."""
         try:
             yield
-        except UserError as error:
-            self.tell(what, str(error), "wrong")
-        except OSError as error:
-            if error.filename is None:
+        except Exception as error:
+            known = foreseen(error)
+            if known is None:
                 raise
-            self.tell(what, f"{error.filename}: {error.strerror}", "wrong")
-        except torch.cuda.OutOfMemoryError:
-            self.tell(what, OUT_OF_MEMORY, "wrong")
+            self.tell(what, known[0] or ELSEWHERE, "wrong")
         except SystemExit as error:
             # `on_main` ends the other ranks where the main one failed.
             if error.code != EXIT_WRONG_FILE:
