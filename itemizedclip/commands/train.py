@@ -4,6 +4,7 @@ itemizedclip train --help                                       which recipes th
 itemizedclip train rsicd --rsicd-data-dir DIR --name rsicd
 itemizedclip train shapes.py:shapes --folder DIR                function `shapes` of your own file
 itemizedclip train mri --plan                                   what a step costs; no training
+itemizedclip train mri … --dry-run                              would it start, and what does an epoch cost? One step
 torchrun --nproc_per_node 8 -m itemizedclip train mri …         several processes
 """
 
@@ -13,21 +14,24 @@ from collections.abc import Sequence
 
 from itemizedclip.commands.named import split_name
 from itemizedclip.runtime.errors import reported_errors
+from itemizedclip.training.dryrun import run_dry
 from itemizedclip.training.engine import TrainResult
 from itemizedclip.training.plan import plan_run, show_plan
-from itemizedclip.training.recipes import RECIPES, parse_recipe, train_recipe
+from itemizedclip.training.recipes import DRY_RUN_FLAG, RECIPES, parse_recipe, train_recipe
 
 PROG = "itemizedclip train"
 
 
 def main(argv: Sequence[str] | None = None) -> TrainResult | None:
-    """Parse the name and its flags, train; with --plan only tell what it would cost."""
-    name, rest = split_name(argv, PROG, RECIPES, "[--plan] [flags of training]")
-    is_plan = "--plan" in rest
-    rest = [flag for flag in rest if flag != "--plan"]
-    options = parse_recipe(name, rest, prog=f"{PROG} {name}")
+    """Parse the name and its flags, train; with --plan or --dry-run only tell what that would take."""
+    name, rest = split_name(argv, PROG, RECIPES, "[--plan | --dry-run] [flags of training]")
+    flags = [flag for flag in rest if flag not in ("--plan", DRY_RUN_FLAG)]
+    options = parse_recipe(name, flags, prog=f"{PROG} {name}")
     with reported_errors(PROG):
-        if is_plan:
+        if "--plan" in rest:
             show_plan(plan_run(options), options)
+            return None
+        if DRY_RUN_FLAG in rest:
+            run_dry(options)
             return None
         return train_recipe(options)

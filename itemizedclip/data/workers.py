@@ -49,6 +49,11 @@ def free_shared_memory() -> int | None:
     return room.f_bavail * room.f_frsize
 
 
+def shared_memory_need(batch_bytes: int, workers: int) -> int:
+    """Bytes of shared memory that batches may take at once: all workers of all local processes fill it together."""
+    return 2 * (workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + 1) * batch_bytes
+
+
 def _rebuild(content: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(content).view(dtype).reshape(shape)
 
@@ -165,9 +170,7 @@ class RoomyCollator:
         if worker is None:
             return batch
         free = free_shared_memory()
-        # All workers of all local processes may decide at this moment.
-        others = worker.num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if free is not None and free < 2 * (others + 1) * tensor_bytes(batch):
+        if free is not None and free < shared_memory_need(tensor_bytes(batch), worker.num_workers):
             stream = io.BytesIO()
             _PlainPickler(stream, protocol=5).dump(batch)
             batch = Piped(stream.getvalue(), free, worker.num_workers)

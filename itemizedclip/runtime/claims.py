@@ -251,10 +251,7 @@ def _acquire(folder: Path, here: Holder) -> None:
             continue
         lives_here = holder is not None and (holder.host, holder.boot) == (here.host, here.boot) and holder.boot
         if lives_here or (first is not None and first != found):
-            raise ClaimedError(
-                f"{folder}: another run is at work here ({holder or 'its name cannot be read'}); wait for its end or "
-                f"stop it, or choose another --name"
-            )
+            raise ClaimedError(_at_work(folder, holder))
         if first is None:
             first = found
             logger.warning(
@@ -262,6 +259,27 @@ def _acquire(folder: Path, here: Holder) -> None:
                 folder, holder or "a process of unknown name", age, STALE_S - age,
             )  # fmt: skip
         time.sleep(min(1.0, BEAT_S / 4))
+
+
+def _at_work(folder: Path, holder: Holder | None) -> str:
+    return (
+        f"{folder}: another run is at work here ({holder or 'its name cannot be read'}); wait for its end or stop it, "
+        "or choose another --name"
+    )
+
+
+def check_unclaimed(folder: Path) -> None:
+    """Whether a folder, which need not exist, could be claimed now; nothing is changed.
+
+    Raises:
+        ClaimedError: another process holds it, by all that can be told at once.
+    """
+    found = _read(folder / NAME)
+    if found is None:
+        return
+    holder, beat = found
+    if (holder is None or not is_gone(holder, this_process())) and time.time() - beat < STALE_S:
+        raise ClaimedError(_at_work(folder, holder))
 
 
 # --- holding ---------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def reported_errors(prog: str | None = None) -> Iterator[None]:
     except BrokenPipeError:
         raise  # whoever reads the output had enough of it
     except Exception as error:
-        known = _message_of(error)
+        known = foreseen(error)
         if known is None:
             if _traces_are_shown:
                 raise
@@ -123,13 +123,29 @@ def reported_errors(prog: str | None = None) -> Iterator[None]:
         _end(prog, message, exit_code)
 
 
-def _message_of(error: Exception) -> tuple[str, int] | None:
-    """What to say of an error that was foreseen, and the exit status; None for others."""
+_UNREPEATABLE = re.compile(r"(\S+) does not have a deterministic implementation")
+
+_OUT_OF_GPU_MEMORY = (
+    "the GPU's memory is too small; lower --batch-size (in training a higher --accum-freq keeps the contrastive "
+    "batch), or train with --grad-checkpointing"
+)
+
+
+def foreseen(error: Exception) -> tuple[str, int] | None:
+    """What to say of an error that was foreseen, "" where another rank says it, and the exit status; None of others."""
     if isinstance(error, UserError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.filename is not None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         return f"{error.filename}: {error.strerror}", EXIT_NO_SPACE if full else EXIT_WRONG_FILE
+    if isinstance(error, RuntimeError) and (found := _UNREPEATABLE.search(str(error))):
+        return (
+            f"--deterministic: PyTorch has no repeatable form of {found[1]} on this device; drop --deterministic, or "
+            "use another --device",
+            EXIT_WRONG_FILE,
+        )
+    if isinstance(error, RuntimeError) and "out of memory" in str(error) and "CUDA" in str(error):
+        return _OUT_OF_GPU_MEMORY, EXIT_WRONG_FILE
     if isinstance(error, RuntimeError) and "by peer" in str(error):
         return "", EXIT_WRONG_FILE
     if isinstance(error, RuntimeError) and "Timed out waiting" in str(error):

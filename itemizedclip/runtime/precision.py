@@ -64,7 +64,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     """The precision a command can have on a device, the same on every rank; all ranks must call it. Logs its reason.
 
     auto becomes amp_bf16 where every rank's device computes bfloat16, else amp on GPUs and fp32 on CPUs. amp on a CPU
-    becomes fp32, with a notice.
+    becomes fp32, with a notice; with --deterministic auto does, too, for what decides there is a measured time.
 
     Raises:
         SetupError: bfloat16 is asked for on a GPU without it.
@@ -81,6 +81,8 @@ def _on_cpu(name: str) -> Precision:
     if name == "amp":
         notice = "--precision amp is float16 with loss scaling and needs a GPU; this CPU run computes in fp32"
         return Precision("fp32", "cpu", None, notice=notice)
+    if name == "auto" and torch.are_deterministic_algorithms_enabled():
+        return Precision("fp32", "cpu", None, reason="--deterministic, which measures nothing")
     if name == "auto":
         found = gather_objects(cpu_bfloat16())
         # The slowest rank would hold up the others.

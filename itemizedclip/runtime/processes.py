@@ -123,8 +123,47 @@ def choose_device(name: str, local_rank: int, local_world_size: int) -> torch.de
     return torch.device("cuda", index)
 
 
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+"""Variable of cuBLAS; the values under which its sums have one order, the first one faster."""
+REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
+
+
 @contextmanager
-def launch(device_name: str = "auto", settings: DistributedSettings | None = None, *, seed: int = 0) -> Iterator[Ranks]:
+def repeatable(enabled: bool = True) -> Iterator[None]:
+    """Inside the block PyTorch takes algorithms that give the same bits every time, and refuses operations without one.
+
+    Enter it before the first product of matrices on a GPU.
+
+    Raises:
+        SetupError: the environment asks cuBLAS for something else.
+    """
+    if not enabled:
+        yield
+        return
+    asked = os.environ.setdefault(CUBLAS_WORKSPACE, REPEATABLE_WORKSPACES[0])
+    if asked not in REPEATABLE_WORKSPACES:
+        raise SetupError(
+            f"{CUBLAS_WORKSPACE} is {asked!r}; --deterministic needs {' or '.join(REPEATABLE_WORKSPACES)}: unset it"
+        )
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+@contextmanager
+def launch(
+    device_name: str = "auto",
+    settings: DistributedSettings | None = None,
+    *,
+    seed: int = 0,
+    deterministic: bool = False,
+) -> Iterator[Ranks]:
     """Join the process group if there is one, pick the device, seed, show the log; leave cleanly, also after an error.
 
     Build the model inside this context: its random weights then follow the seed.
@@ -133,6 +172,7 @@ def launch(device_name: str = "auto", settings: DistributedSettings | None = Non
         device_name: see `check_device_name`.
         settings: backend, time-out and threads.
         seed: of Python, NumPy and PyTorch, the same on every rank.
+        deterministic: see `repeatable`.
 
     Raises:
         SetupError: device, backend or variables of torchrun do not fit.
@@ -153,7 +193,7 @@ def launch(device_name: str = "auto", settings: DistributedSettings | None = Non
     seed_everything(seed)
     try:
         watch = watched_ranks(rank, world_size, settings.rank_timeout) if owns_group else contextlib.nullcontext()
-        with watch, logging_to_console(rank):
+        with watch, logging_to_console(rank), repeatable(deterministic):
             yield Ranks(rank, local_rank, world_size, device)
     finally:
         if owns_group:

@@ -91,7 +91,7 @@ def train(
     check_trackers(options.logging)
     settings = options.run
     if source is None:
-        source = _map_source(options, dataset, collator, ranks)
+        source = map_source(options, dataset, collator, ranks)
     with ExitStack() as stack:
         claims: list[Claim | None] = [None]
 
@@ -121,9 +121,14 @@ def train(
         return _fit(run, config)
 
 
-def _map_source(
+def map_source(
     options: RunOptions, dataset: Any, collator: Callable[[Sequence[ItemSample]], ItemBatch] | None, ranks: Ranks
 ) -> MapSource:
+    """The batches of a dataset, once its first sample has been checked.
+
+    Raises:
+        PreflightError: see `check_dataset`.
+    """
     if dataset is None or collator is None:
         raise TypeError("train() needs dataset and collator, or a source")
     step_batch = options.loading.step_batch

@@ -8,13 +8,14 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from itemizedclip.runtime.claims import Claim, claimed
+from itemizedclip.runtime.claims import Claim, check_unclaimed, claimed
 from itemizedclip.runtime.errors import NoSpaceError, UserError
 from itemizedclip.runtime.files import remove_leftovers
 from itemizedclip.training.checkpoint import find_resume, has_checkpoints
@@ -49,12 +50,54 @@ def choose_run_folder(settings: RunSettings, resumed_from: Path | None, now: dat
         stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")
         return _make_new(settings.logs / f"{settings.recipe or 'run'}-{stamp}")
     folder = settings.logs / settings.name
+    _check_name(folder, settings, resumed_from)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _check_name(folder: Path, settings: RunSettings, resumed_from: Path | None) -> None:
     if resumed_from is None and settings.resume is None and has_checkpoints(folder):
         raise TrackingError(
             f"{folder}: a run of this name exists; continue it with --resume latest, or choose another --name"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+
+
+def standing_folder(path: Path) -> Path:
+    """A folder, or the nearest one above it that there is."""
+    path = path.absolute()
+    while not path.is_dir() and path != path.parent:
+        if path.exists():
+            raise TrackingError(f"{path}: is no folder; give another place with --logs")
+        path = path.parent
+    return path
+
+
+def foresee_folder(settings: RunSettings) -> tuple[Path, Path | None]:
+    """What `opened_folder` would open, without making or claiming it: the folder, and the checkpoint to go on from.
+
+    Raises:
+        TrackingError, CheckpointError, ClaimedError: what would be raised there.
+        OSError: nothing can be written there.
+    """
+    resumed_from = None
+    if settings.resume is not None:
+        resumed_from = find_resume(settings.resume, settings.logs, settings.name, recipe=settings.recipe)
+    if settings.name:
+        folder = settings.logs / settings.name
+        _check_name(folder, settings, resumed_from)
+        _check_branch(folder, resumed_from)
+    elif resumed_from is not None and resumed_from.resolve().parent.name == "checkpoints":
+        folder = resumed_from.resolve().parent.parent
+    else:
+        folder = settings.logs / f"{settings.recipe or 'run'}-(date and time)"
+    standing = standing_folder(folder)
+    check_unclaimed(folder)
+    try:
+        with tempfile.TemporaryFile(dir=standing) as file:
+            file.write(bytes(2**12))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(standing)) from None
+    return folder, resumed_from
 
 
 def _make_new(path: Path) -> Path:

@@ -52,6 +52,10 @@ class RunSettings:
     seed: int = 0
     """Seed of weights, data order, items, augmentation and dropout."""
 
+    deterministic: bool = False
+    """The same bits whenever the run is repeated on such a machine: nothing is decided by measured time, operations of
+    PyTorch without a repeatable form are refused."""
+
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda, or cuda:N (one process only)."""
 
@@ -299,6 +303,10 @@ class RunOptions:
         check(
             not (self.model.torchcompile and self.loading.accum_freq > 1),
             "--torchcompile together with --accum-freq above 1 is not tested; use --accum-batch or drop --torchcompile",
+        )
+        check(
+            not (self.model.torchcompile and self.run.deterministic),
+            "--torchcompile chooses kernels by measured time, which --deterministic rules out; drop one of them",
         )
 
     def create_model(self) -> DualEncoder:

@@ -42,6 +42,9 @@ RECIPES: Registry[Recipe] = Registry("itemizedclip.recipes", "recipe")
 """Every recipe of the packages that are installed."""
 
 
+DRY_RUN_FLAG = "--dry-run"
+"""Look at everything and take a step instead of training (`itemizedclip.training.dryrun`); no property of a run."""
+
 MAX_VALIDATION_BATCH = 64
 """Images that a validation encodes at once, at most; training batches may be larger than what evaluation needs."""
 
@@ -261,13 +264,20 @@ def parse_run(
 
 def train_door(
     names: Sequence[str], argv: Sequence[str] | None = None, *, prog: str = "main.py", description: str
-) -> TrainResult:
-    """Entry point of a published script: train one of these recipes, the first without --recipe."""
+) -> TrainResult | None:
+    """Entry point of a published script: train one of these recipes, the first without --recipe; --dry-run: None."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     recipes: dict[str, Recipe] = {}
     with reported_errors(prog):
         recipes = {name: RECIPES.load(name) for name in names}
-    options = parse_run(recipes, names[0], argv, prog=prog, description=description)
+    flags = [flag for flag in arguments if flag != DRY_RUN_FLAG]
+    options = parse_run(recipes, names[0], flags, prog=prog, description=description)
     with reported_errors(prog):
+        if DRY_RUN_FLAG in arguments:
+            from itemizedclip.training.dryrun import run_dry  # which opens recipes itself
+
+            run_dry(options)
+            return None
         return train_recipe(options)
 
 

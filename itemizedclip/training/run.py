@@ -43,7 +43,11 @@ def launch_run(options: RunOptions) -> Iterator[Ranks]:
 
     As long as there is nothing to save, signals end the process with exit status 75.
     """
-    with leaving_at_once(), launch(options.run.device, options.distributed, seed=options.run.seed) as ranks:
+    settings = options.run
+    with (
+        leaving_at_once(),
+        launch(settings.device, options.distributed, seed=settings.seed, deterministic=settings.deterministic) as ranks,
+    ):
         yield ranks
 
 

@@ -296,7 +296,7 @@ def own_natural() -> OwnRun:
     return own_like(itemized_cc03m())
 
 
-def main(argv: Sequence[str] | None = None) -> TrainResult:
+def main(argv: Sequence[str] | None = None) -> TrainResult | None:
     """Entry point of the published script 2D_images_tasks/src/main.py."""
     names = ("rsicd", "rsicd_debug", "itemized_cc0.3M", "itemized_cc0.3M_debug")
     return train_door(names, argv, description="Train ItemizedCLIP on photographs and remote-sensing images.")

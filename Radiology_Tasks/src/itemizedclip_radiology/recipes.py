@@ -392,12 +392,12 @@ def ctrate_debug() -> ChestRun:
 # --- the published scripts -------------------------------------------------------------------------------------------
 
 
-def main_studies(argv: Sequence[str] | None = None) -> TrainResult:
+def main_studies(argv: Sequence[str] | None = None) -> TrainResult | None:
     """Entry point of open_mri_train/main.py."""
     names = ("mri", "ct", "mri_debug", "ct_debug")
     return train_door(names, argv, description="Train ItemizedCLIP on whole studies of brain MRI or head CT.")
 
 
-def main_chest(argv: Sequence[str] | None = None) -> TrainResult:
+def main_chest(argv: Sequence[str] | None = None) -> TrainResult | None:
     """Entry point of open_ct_rate/main.py."""
     return train_door(("ctrate", "ctrate_debug"), argv, description="Train ItemizedCLIP on chest CT (CT-RATE).")
