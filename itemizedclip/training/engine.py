@@ -37,7 +37,16 @@ from itemizedclip.training.loading import BatchSource, MapSource, StepBatch, wor
 from itemizedclip.training.optimizer import set_lr
 from itemizedclip.training.options import RunOptions, options_to_dict
 from itemizedclip.training.resume import is_due, restore, save_epoch, save_latest, state_bytes
-from itemizedclip.training.run import Evaluator, Run, TrainResult, build, check_gradients, launch_run, start_from
+from itemizedclip.training.run import (
+    Evaluator,
+    Run,
+    TrainResult,
+    build,
+    check_gradients,
+    launch_run,
+    set_patch_dropout,
+    start_from,
+)
 from itemizedclip.training.tracking import ProgressView, Tracker, check_trackers
 
 logger = logging.getLogger(__name__)
@@ -156,6 +165,7 @@ def train_step(run: Run, batch: ItemBatch) -> tuple[dict[str, Tensor], Tensor, b
     settings = run.options.optimizer
     seed_step(run.options.run.seed, run.ranks.rank, run.position.step)
     set_lr(run.optimizer, run.schedule(run.position.step))
+    set_patch_dropout(run.model, run.options.model, run.position.step, run.total_steps)
     with run.precision.autocast():
         outputs = run.module(batch)
     with timed("towers"):

@@ -20,7 +20,7 @@ from itemizedclip.objectives.block_size import GPU_SHARE
 from itemizedclip.runtime.precision import Precision
 from itemizedclip.training.counting import TowerLine, count_towers, loss_bytes, loss_flop, without_data
 from itemizedclip.training.options import RunOptions
-from itemizedclip.training.run import cast_towers, freeze_unused
+from itemizedclip.training.run import cast_towers, freeze_unused, set_patch_dropout, set_recomputation
 from itemizedclip.training.task import ItemizedTask
 
 TEXT_LENGTH = 32
@@ -146,7 +146,8 @@ def plan_run(options: RunOptions) -> StepPlan:
         image=settings.lock_image, text=settings.lock_text, freeze_layer_norm=settings.lock_text_freeze_layer_norm
     )
     freeze_unused(model, options)
-    model.set_grad_checkpointing(settings.grad_checkpointing)
+    set_recomputation(model, settings)
+    set_patch_dropout(model, settings, 0, 1)
     shape = model.input_shape(getattr(getattr(options, "data", None), "num_series", 1))
     context = config["text_cfg"]["context_length"]
     mode = FakeTensorMode()

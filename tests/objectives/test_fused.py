@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from itemizedclip.objectives import block_size, exchange, fused
+from itemizedclip.objectives import exchange, fused
 from itemizedclip.objectives.exchange import Exchange, RemoteItems
 from itemizedclip.objectives.loss import LossInputs, itemized_losses
 from itemizedclip.objectives.pairing import ItemRows
