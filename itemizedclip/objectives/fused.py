@@ -354,7 +354,8 @@ class Step:
         weights = scores.new_empty(b, H, P, Q, L)
         nowhere = scores.new_empty(b, H, P, Q)
         top = (scores.amax(-1) + shifts_bHQ).clamp_min(0)
-        shared = not bool(top.amax() > WIDEST)
+        # Only a processor is asked: a GPU's queue would run dry meanwhile, which costs more than a second exponential.
+        shared = top.device.type == "cpu" and not bool(top.amax() > WIDEST)
         if shared:
             nowhere.copy_(torch.exp2(-top)[:, :, None])
             scores.sub_((top - shifts_bHQ)[..., None])

@@ -33,6 +33,7 @@ from itemizedclip.training.meter import Meter
 from itemizedclip.training.optimizer import create_optimizer, create_schedule
 from itemizedclip.training.options import ModelSettings, RunOptions
 from itemizedclip.training.task import ItemizedTask
+from itemizedclip.training.verdict import Findings
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     nonfinite_in_a_row: int = 0
+    findings: Findings = field(default_factory=Findings)
     skip_messages: list[str] = field(default_factory=list)
     gradients_checked: bool = False
     last_checkpoint: Path | None = None
