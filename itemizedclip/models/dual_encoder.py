@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from itemizedclip.models.item_attention import ItemAttention
+from itemizedclip.models.recompute import set_recomputing
+from itemizedclip.runtime.errors import UserError
 
 MAX_LOGIT_SCALE = math.log(100)
 """The logit-scale parameter is clamped to [0, ln 100] after every optimizer step."""
@@ -113,9 +115,28 @@ class DualEncoder(nn.Module):
         """The parts that `--lock-text` freezes."""
         raise NotImplementedError(f"{type(self).__name__} does not define text_tower")
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the towers' activations in the backward pass instead of keeping them."""
-        raise NotImplementedError(f"{type(self).__name__} does not define set_grad_checkpointing")
+    def blocks(self) -> list[nn.Module]:
+        """The layers of both towers that are alike; recomputation and compilation take them one by one."""
+        return []
+
+    def set_grad_checkpointing(self, enable: bool = True, *, keep_attention: bool = False) -> None:
+        """Recompute the towers' activations in the backward pass instead of keeping them, block by block.
+
+        Args:
+            enable: False keeps them again.
+            keep_attention: keep the results of attention, and recompute the rest.
+        """
+        if enable and not self.blocks():
+            raise NotImplementedError(f"{type(self).__name__} defines neither blocks nor set_grad_checkpointing")
+        set_recomputing(self.blocks(), enable, keep_attention=keep_attention)
+
+    def set_patch_dropout(self, share: float) -> None:
+        """Drop this share of an image's patches in training; features then hold fewer tokens than their grid says.
+
+        Raises:
+            UserError: a model that cannot.
+        """
+        raise UserError(f"{type(self).__name__} cannot leave out patches; drop --patch-dropout")
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from itemizedclip.models.config import MAX_LAYERS, MAX_SIDE, MAX_WIDTH, block_numbers, head_numbers
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
+from itemizedclip.models.patch_dropout import PatchDropout
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.fields import (
     Rule,
@@ -206,7 +207,10 @@ class ItemizedCLIP2D(DualEncoder):
         """Text transformer, embeddings and projection."""
         return [self.transformer, self.token_embedding, self.positional_embedding, self.ln_final, self.text_post]
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Checkpoint both towers block by block."""
-        self.visual.set_grad_checkpointing(enable)
-        self.transformer.grad_checkpointing = enable
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks of both towers."""
+        return [*self.visual.transformer.resblocks, *self.transformer.resblocks]
+
+    def set_patch_dropout(self, share: float) -> None:
+        """See `DualEncoder`."""
+        self.visual.patch_dropout = PatchDropout(share, has_class_token=True).train(self.visual.training)

@@ -36,17 +36,17 @@ def work_bytes(device: torch.device) -> int:
     return cache_bytes() // 2
 
 
-def ranks_at_once(device: torch.device, numbers_per_rank: int, num_ranks: int) -> int:
+def ranks_at_once(work: int, numbers_per_rank: int, num_ranks: int) -> int:
     """Ranks whose items are held together; every further lot projects the image tokens again. At least 1.
 
     Five tables of the items' size are held per rank; 64 MB of them, more where blocks are larger than that.
 
     Args:
-        device: of the loss.
+        work: bytes of a block (`work_bytes`).
         numbers_per_rank: B·K·D.
         num_ranks: other ranks in all.
     """
-    most = max(1, max(4 * work_bytes(device), 64 * 2**20) // (5 * 4 * numbers_per_rank))
+    most = max(1, max(4 * work, 64 * 2**20) // (5 * 4 * numbers_per_rank))
     return _even(num_ranks, most)
 
 
@@ -69,18 +69,16 @@ class Blocks:
     ranks: int
 
     @staticmethod
-    def choose(
-        device: torch.device, B: int, L: int, D: int, heads_queries: int, num_passes: int, num_ranks: int
-    ) -> Blocks:
-        """The largest block within `work_bytes`, one image and one rank at least.
+    def choose(work: int, B: int, L: int, D: int, heads_queries: int, num_passes: int, num_ranks: int) -> Blocks:
+        """The largest block within `work` bytes, one image and one rank at least.
 
         Args:
+            work: see `work_bytes`.
             heads_queries: H·T.
             num_ranks: other ranks, 1 at least.
         """
-        budget = work_bytes(device)
         tokens = 5 * L * D * 4
         weights = heads_queries * L * 4 * (2 * num_passes + 1)
-        ranks = _even(num_ranks, max(1, (budget - tokens) // weights))
-        images = max(1, min(B, budget // (tokens + ranks * weights)))
+        ranks = _even(num_ranks, max(1, (work - tokens) // weights))
+        images = max(1, min(B, work // (tokens + ranks * weights)))
         return Blocks(images, ranks)

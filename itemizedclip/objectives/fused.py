@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from itemizedclip.models.item_attention import ItemAttention
-from itemizedclip.objectives.block_size import Blocks, folding_is_cheaper, ranks_at_once
+from itemizedclip.objectives.block_size import Blocks, folding_is_cheaper, ranks_at_once, work_bytes
 from itemizedclip.objectives.exchange import Exchange, RemoteItems
 from itemizedclip.objectives.pairing import RankPairs, own_columns
 from itemizedclip.objectives.token_blocks import LN2, Folded, Projected, TokenBlock, Weights, fold, head_parameters
@@ -204,7 +204,7 @@ class Step:
 
     def run(self, own: RankItems, others: Iterator[RankItems], num_others: int) -> None:
         """All ranks; `others` is not asked before this rank's first block is done."""
-        at_once = ranks_at_once(self.tokens_BLD.device, own.features_ND.numel(), num_others)
+        at_once = ranks_at_once(work_bytes(self.tokens_BLD.device), own.features_ND.numel(), num_others)
         for done in range(0, max(1, num_others), at_once):
             count = min(at_once, num_others - done)
             groups = [[own]] if done == 0 else []
@@ -225,9 +225,9 @@ class Step:
         """Every image against the ranks of `groups` and `count` of `others`, with one projection of the tokens."""
         B, L, D = self.tokens_BLD.shape
         T = self.num_slots + B - 1
-        device = self.tokens_BLD.device
         fold_keys = folding_is_cheaper(T * (count + len(groups)), L, D, self.num_heads, self.num_passes)
-        blocks = Blocks.choose(device, B, L, D, self.num_heads * T, self.num_passes, max(1, count))
+        work = work_bytes(self.tokens_BLD.device)
+        blocks = Blocks.choose(work, B, L, D, self.num_heads * T, self.num_passes, max(1, count))
         tables = [self._table(ranks, fold_keys=fold_keys) for ranks in groups]
         for start in range(0, B, blocks.images):
             rows = slice(start, min(B, start + blocks.images))
@@ -354,7 +354,8 @@ class Step:
         weights = scores.new_empty(b, H, P, Q, L)
         nowhere = scores.new_empty(b, H, P, Q)
         top = (scores.amax(-1) + shifts_bHQ).clamp_min(0)
-        shared = not bool(top.amax() > WIDEST)
+        # Only a processor is asked: a GPU's queue would run dry meanwhile, which costs more than a second exponential.
+        shared = top.device.type == "cpu" and not bool(top.amax() > WIDEST)
         if shared:
             nowhere.copy_(torch.exp2(-top)[:, :, None])
             scores.sub_((top - shifts_bHQ)[..., None])

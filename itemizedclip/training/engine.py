@@ -10,6 +10,7 @@ Axes: B images of one rank's contrastive batch, W ranks. "Step" counts optimizer
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +38,18 @@ from itemizedclip.training.loading import BatchSource, MapSource, StepBatch, wor
 from itemizedclip.training.optimizer import set_lr
 from itemizedclip.training.options import RunOptions, options_to_dict
 from itemizedclip.training.resume import is_due, restore, save_epoch, save_latest, state_bytes
-from itemizedclip.training.run import Evaluator, Run, TrainResult, build, check_gradients, launch_run, start_from
+from itemizedclip.training.run import (
+    Evaluator,
+    Run,
+    TrainResult,
+    build,
+    check_gradients,
+    launch_run,
+    set_patch_dropout,
+    start_from,
+)
 from itemizedclip.training.tracking import ProgressView, Tracker, check_trackers
+from itemizedclip.training.verdict import Finding, update_unless
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +164,8 @@ def train_step(run: Run, batch: ItemBatch) -> tuple[dict[str, Tensor], Tensor, b
 
     Returns:
         Outputs of the task (detached), the gradient norm, and whether a signal asks to stop; the last agreed by all
-        ranks. A step whose loss or gradient is not finite on any rank updates nothing on any rank.
+        ranks, where there are several a step late. A step whose loss or gradient is not finite on any rank updates
+        nothing on any rank, which the log says after the next one.
 
     Raises:
         NonFiniteError: too many such steps in a row.
@@ -161,6 +173,7 @@ def train_step(run: Run, batch: ItemBatch) -> tuple[dict[str, Tensor], Tensor, b
     settings = run.options.optimizer
     seed_step(run.options.run.seed, run.ranks.rank, run.position.step)
     set_lr(run.optimizer, run.schedule(run.position.step))
+    set_patch_dropout(run.model, run.options.model, run.position.step, run.total_steps)
     with run.precision.autocast():
         outputs = run.module(batch)
     with timed("towers"):
@@ -173,39 +186,55 @@ def train_step(run: Run, batch: ItemBatch) -> tuple[dict[str, Tensor], Tensor, b
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(run.task.parameters(), clip)
     is_bad = ~(torch.isfinite(outputs["loss"]) & torch.isfinite(norm))
-    wants_stop = torch.tensor(run.stop.signal is not None, device=is_bad.device)
+    wants_stop = torch.tensor(run.stop.signal is not None).to(is_bad.device, non_blocking=True)
     with timed("exchange"):
-        flags = all_reduce_max(torch.stack([is_bad, wants_stop]).to(torch.int64)).tolist()
-    if flags[0]:
-        _skip_update(run, batch, bool(is_bad), outputs["loss"])
+        flags = all_reduce_max(torch.stack([is_bad, wants_stop]).to(torch.int64))
     with timed("optimizer"):
-        if not flags[0]:
-            run.scaler.step(run.optimizer)
-            run.nonfinite_in_a_row = 0
+        update_unless(run.optimizer, flags[0])
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
         run.model.clamp_logit_scale()
-    return {name: value.detach() for name, value in outputs.items()}, norm, bool(flags[1])
+    with timed("exchange"):
+        # The host waits for the step before, and only here: this one's work is under way.
+        before = run.findings.swap(run.position.step + 1, flags, outputs["loss"], batch.sample_ids)
+    stop = judge(run, before)
+    if run.ranks.world_size == 1:
+        stop = run.stop.signal is not None
+    return {name: value.detach() for name, value in outputs.items()}, norm, stop
 
 
-def _skip_update(run: Run, batch: ItemBatch, is_bad_here: bool, loss: Tensor) -> None:
+def judge(run: Run, finding: Finding | None) -> bool:
+    """Report a step that updated nothing; whether the ranks agreed to stop.
+
+    Raises:
+        NonFiniteError: too many such steps in a row.
+    """
+    if finding is None:
+        return False
+    if finding.is_bad:
+        _report_skipped(run, finding)
+    else:
+        run.nonfinite_in_a_row = 0
+    return finding.wants_stop
+
+
+def _report_skipped(run: Run, finding: Finding) -> None:
     """Report a step without a finite loss or gradient; end the run when there are too many in a row."""
     run.nonfinite_in_a_row += 1
-    loss_is_finite = bool(torch.isfinite(loss))
-    culprits = [name for names in gather_objects([] if loss_is_finite else batch.sample_ids) for name in names]
-    step = run.position.step + 1
+    suspects = [] if math.isfinite(finding.loss) else finding.sample_ids
+    culprits = [name for names in gather_objects(suspects) for name in names]
     if culprits:
         what = f"the loss is not finite; images: {', '.join(culprits[:8])}{' …' if len(culprits) > 8 else ''}"
     elif run.scaler.is_enabled():
-        what = f"float16 gradients overflowed at loss scale {run.scaler.get_scale():g}, which is lowered"
+        what = f"float16 gradients overflowed; the loss scale is lowered, to {run.scaler.get_scale():g} by now"
     else:
         what = "the gradient is not finite"
-    logger.warning("step %d: %s; the update is skipped", step, what)
+    logger.warning("step %d: %s; the update is skipped", finding.step, what)
     limit = run.options.optimizer.max_nonfinite_steps
     if run.nonfinite_in_a_row >= limit:
         raise NonFiniteError(
-            f"{limit} steps in a row, up to step {step}, had no finite loss or gradient ({what}): lower --lr, set "
-            "--grad-clip-norm 1, use --precision amp_bf16 or fp32, or check those images; the weights of the last "
+            f"{limit} steps in a row, up to step {finding.step}, had no finite loss or gradient ({what}): lower --lr, "
+            "set --grad-clip-norm 1, use --precision amp_bf16 or fp32, or check those images; the weights of the last "
             f"checkpoint are finite ({run.last_checkpoint or 'none written yet'})"
         )
 
@@ -279,16 +308,24 @@ def train_epoch(run: Run, tracker: Tracker, progress: ProgressView) -> bool:
         _advance(run, loaded)
         _record(run, tracker, progress, outputs, norm)
         if stop:
-            save_latest(run)
-            # The first process to leave takes the others along: not before it is saved.
-            barrier()
-            logger.warning("%s: saved and stopped; --resume latest goes on", run.stop.signal or "a signal elsewhere")
+            judge(run, run.findings.take())
+            _leave(run)
             return True
         if is_due(run) or tracker.was_removed:
             save_latest(run)
             tracker.was_removed = False
         tracker.last_checkpoint = run.last_checkpoint
+    if judge(run, run.findings.take()):
+        _leave(run)
+        return True
     return False
+
+
+def _leave(run: Run) -> None:
+    save_latest(run)
+    # The first process to leave takes the others along: not before it is saved.
+    barrier()
+    logger.warning("%s: saved and stopped; --resume latest goes on", run.stop.signal or "a signal elsewhere")
 
 
 def finish_epoch(run: Run, tracker: Tracker) -> None:

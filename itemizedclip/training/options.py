@@ -125,8 +125,17 @@ class ModelSettings:
     grad_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass: less memory, about a third more time."""
 
+    grad_checkpointing_keeps: Literal["nothing", "attention"] = "nothing"
+    """attention: with --grad-checkpointing keep what attention returns and recompute projections, MLPs and norms."""
+
+    patch_dropout: float = 0.0
+    """Share of an image's patches that training leaves out, at random per image and step."""
+
+    patch_dropout_until: float = 0.9
+    """Share of the run's steps after which --patch-dropout ends, so that the model finishes on whole images."""
+
     torchcompile: bool = False
-    """Compile the towers (minutes at the start, faster steps)."""
+    """Compile the towers block by block (minutes at the start, faster steps)."""
 
     precision: Literal["auto", "amp", "amp_bf16", "bf16", "fp32"] = "auto"
     """amp: float16, scaled loss; bf16: amp_bf16 with bfloat16 towers; auto: amp_bf16 where the device computes
@@ -139,9 +148,12 @@ class ModelSettings:
                 not (getattr(self, f"lora_{tower}") and getattr(self, f"lock_{tower}")),
                 f"--lora-{tower} trains adapters in a tower that --lock-{tower} freezes; drop one of them",
             )
+        at_least(self, patch_dropout=0, patch_dropout_until=0)
+        at_most(self, patch_dropout_until=1)
+        check(self.patch_dropout < 1, f"--patch-dropout is {self.patch_dropout}; expected a share below 1")
         check(
-            not (self.torchcompile and self.grad_checkpointing),
-            "--torchcompile together with --grad-checkpointing is not tested; drop one of them",
+            self.grad_checkpointing or self.grad_checkpointing_keeps == "nothing",
+            "--grad-checkpointing-keeps says what --grad-checkpointing keeps; add it",
         )
 
 

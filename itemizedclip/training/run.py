@@ -31,8 +31,9 @@ from itemizedclip.training.checkpoint import new_run_id
 from itemizedclip.training.loading import BatchSource
 from itemizedclip.training.meter import Meter
 from itemizedclip.training.optimizer import create_optimizer, create_schedule
-from itemizedclip.training.options import RunOptions
+from itemizedclip.training.options import ModelSettings, RunOptions
 from itemizedclip.training.task import ItemizedTask
+from itemizedclip.training.verdict import Findings
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     nonfinite_in_a_row: int = 0
+    findings: Findings = field(default_factory=Findings)
     skip_messages: list[str] = field(default_factory=list)
     gradients_checked: bool = False
     last_checkpoint: Path | None = None
@@ -161,7 +163,7 @@ def build(
     )
     add_adapters(model, image=settings.lora_image, text=settings.lora_text)
     freeze_unused(model, options)
-    model.set_grad_checkpointing(settings.grad_checkpointing)
+    set_recomputation(model, settings)
     task = ItemizedTask(model, options.objective, num_chunks=options.loading.accum_freq).train()
     if settings.torchcompile:
         compile_towers(model)
@@ -215,11 +217,35 @@ def freeze_unused(model: DualEncoder, options: RunOptions) -> None:
         model.logit_bias.requires_grad_(False)
 
 
+def set_recomputation(model: DualEncoder, settings: ModelSettings) -> None:
+    """What --grad-checkpointing asks for."""
+    if settings.grad_checkpointing_keeps == "attention":
+        model.set_grad_checkpointing(settings.grad_checkpointing, keep_attention=True)
+    else:
+        model.set_grad_checkpointing(settings.grad_checkpointing)
+
+
+def set_patch_dropout(model: DualEncoder, settings: ModelSettings, step: int, total_steps: int) -> None:
+    """The share of patches that a step leaves out.
+
+    Args:
+        step: from 0.
+    """
+    if settings.patch_dropout:
+        is_on = step < settings.patch_dropout_until * total_steps
+        model.set_patch_dropout(settings.patch_dropout if is_on else 0.0)
+
+
 def compile_towers(model: DualEncoder) -> None:
-    """Compile the modules of both towers in place; parameter names stay."""
+    """Compile the blocks of both towers in place, or whole towers that have none; parameter names stay.
+
+    Blocks that are alike but for a number, such as their drop path, are compiled once for each.
+    """
     # DDP's graph splitting under a compiled submodule is a known source of crashes, and gains nothing here.
     torch._dynamo.config.optimize_ddp = False
-    for part in [*model.image_tower(), *model.text_tower()]:
+    blocks = model.blocks()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    for part in blocks or [*model.image_tower(), *model.text_tower()]:
         if isinstance(part, nn.Module) and any(True for _ in part.children()):
             part.compile()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from itemizedclip.objectives import block_size, exchange, fused
+from itemizedclip.objectives import exchange, fused
 from itemizedclip.objectives.exchange import Exchange, RemoteItems
 from itemizedclip.objectives.loss import LossInputs, itemized_losses
 from itemizedclip.objectives.pairing import ItemRows
@@ -84,7 +84,7 @@ def way(request, monkeypatch) -> str:
 @pytest.fixture(params=["whole", "blocks"])
 def blocks(request, monkeypatch) -> str:
     if request.param == "blocks":
-        monkeypatch.setattr(block_size, "work_bytes", lambda device: 1)
+        monkeypatch.setattr(fused, "work_bytes", lambda device: 1)
         monkeypatch.setattr(fused, "ranks_at_once", lambda *sizes: 2)
     return request.param
 
@@ -287,7 +287,7 @@ class LiveBytes(TorchDispatchMode):
 
 def test_memory_does_not_grow_with_ranks(way, monkeypatch):
     """Beyond the gradient of their items, which is as large as the items themselves."""
-    monkeypatch.setattr(block_size, "work_bytes", lambda device: 1)
+    monkeypatch.setattr(fused, "work_bytes", lambda device: 1)
     monkeypatch.setattr(fused, "ranks_at_once", lambda *sizes: 1)
     B, K, L = 6, 2, 200
 

@@ -1,19 +1,22 @@
-"""A plan against what steps with data take: FLOP by PyTorch's counter."""
+"""A plan against what steps with data take: FLOP by PyTorch's counter, memory by its profiler."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from itemizedclip.commands.train import main
 from itemizedclip.data.batch import ItemBatch
 from itemizedclip.models.factory import create_model, load_model_config
+from itemizedclip.objectives.block_size import GPU_SHARE, work_bytes
 from itemizedclip.training.counting import loss_flop
 from itemizedclip.training.options import LoadingSettings, ModelSettings, RunOptions
-from itemizedclip.training.plan import plan_run
+from itemizedclip.training.plan import FREE_SHARE, plan_run
 from itemizedclip.training.task import ItemizedTask
 
 B, K = 6, 4
@@ -54,6 +57,53 @@ def test_a_plan_is_what_a_step_takes(name, checkpointing):
     assert plan.kept_bytes == kept
 
 
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_plan_tells_the_peak_of_memory(name, checkpointing, precision):
+    images = 24
+    options = planned(name, checkpointing=checkpointing)
+    options = replace(options, model=replace(options.model, precision=precision))
+    plan = plan_run(options)
+    model = create_model(load_model_config(name))
+    model.set_grad_checkpointing(checkpointing)
+    task = ItemizedTask(model, options.objective).train()
+    optimizer = torch.optim.AdamW(task.parameters(), fused=True)
+
+    def step():
+        batch = ItemBatch(
+            torch.zeros(images, *model.input_shape()),
+            torch.ones(images, K, min(32, model.config["text_cfg"]["context_length"]), dtype=torch.int64),
+            torch.ones(images, K, dtype=torch.bool), torch.zeros(images, dtype=torch.bool), [""] * images,
+        )  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp_bf16"):
+            loss = task(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    held = list(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    standing = plan.parameter_bytes + plan.optimizer_bytes
+    measured = standing + max(held)
+    assert plan.step_bytes(images, 1, work_bytes(torch.device("cpu"))) == pytest.approx(measured, rel=0.1)
+    assert max(held) > 0.5 * standing  # else this would say nothing of activations
+
+
+def test_what_fits():
+    plan = plan_run(planned(CONFIGS[1], checkpointing=True))
+    memory = 2e9
+    largest = plan.largest_batch(memory, 8)
+    room = FREE_SHARE * memory
+    assert plan.step_bytes(largest, 8, int(memory) // GPU_SHARE) <= room
+    assert plan.step_bytes(largest + 1, 8, int(memory) // GPU_SHARE) > room
+    assert plan.largest_batch(memory, 8, multiple=7) == largest // 7 * 7
+    assert plan.largest_batch(1e6, 8) == 0
+
+
 def test_flop_of_the_loss():
     options = planned(CONFIGS[0], checkpointing=False)
     model = create_model(CONFIGS[0])
@@ -73,7 +123,14 @@ def test_the_command_tells_and_does_not_train(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["rsicd_debug", "--plan", "--batch-size", "16"]) is None
     told = " ".join(capsys.readouterr().out.split())
-    for expected in ("16 images a process", "seconds a step", "141", "MB sent by each"):
+    for expected in (
+        "16 images a process",
+        "seconds a step",
+        "141",
+        "MB sent by each",
+        "largest batch",
+        "peak of a step",
+    ):
         assert expected in told
     assert list(tmp_path.iterdir()) == []
 

@@ -37,9 +37,10 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from itemizedclip.models.config import MAX_LAYERS, MAX_SIDE, MAX_WIDTH, block_numbers
+from itemizedclip.models.patch_dropout import PatchDropout
+from itemizedclip.models.recompute import set_recomputing
 from itemizedclip.runtime.errors import UserError, about
 from itemizedclip.runtime.fields import Rule, check_fields, number, one_of, several, true_or_false, whole
 from itemizedclip_radiology.models.series_names import NAME_LENGTH, SeriesNameEncoder
@@ -245,7 +246,7 @@ class HLIP(nn.Module):
         if config.series_names:
             self.serienameencoder = SeriesNameEncoder()
             self.sne_proj = nn.Linear(SeriesNameEncoder.width, C)
-        self.grad_checkpointing = False
+        self.patch_dropout = PatchDropout()
         self._init_weights()
 
     @torch.no_grad()
@@ -259,9 +260,9 @@ class HLIP(nn.Module):
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations (non-reentrant)."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, *, keep_attention: bool = False) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations (`models.recompute`)."""
+        set_recomputing(self.blocks, enable, keep_attention=keep_attention)
 
     def forward(self, volumes: Tensor, series_names: Tensor | None = None) -> StudyTokens:
         """Class token and patch tokens after the final norm.
@@ -280,14 +281,15 @@ class HLIP(nn.Module):
         if self.serienameencoder is not None and self.sne_proj is not None:
             x = x + self.sne_proj(self.serienameencoder(series_names))[:, :, None, None, None]
         num_groups = {"slice": S * grid[0], "series": S, "study": 1}
+        if self.training and self.patch_dropout.share:
+            # Equally many of each of the smallest groups, so that groups still join and split evenly.
+            narrowest = max(num_groups[scope] for scope in self.config.block_scopes)
+            x = self.patch_dropout(x.reshape(B * narrowest, -1, x.shape[-1]))
         # Start as one group per study; the first block's regroup copies the class token to every group.
-        x = torch.cat((self.cls_token.expand(B, -1, -1), x.flatten(1, 4)), dim=1)
+        x = torch.cat((self.cls_token.expand(B, -1, -1), x.reshape(B, -1, x.shape[-1])), dim=1)
         for block, scope in zip(self.blocks, self.config.block_scopes):
             x = regroup(x, num_studies=B, num_groups=num_groups[scope])
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = block(x)
         x = regroup(x, num_studies=B, num_groups=1)
         return StudyTokens(self.norm(x), (S, *grid))
 

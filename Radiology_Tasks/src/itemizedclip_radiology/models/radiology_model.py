@@ -144,10 +144,13 @@ class RadiologyItemizedCLIP(DualEncoder):
         if text:
             self.text.lock(freeze_layer_norm=freeze_layer_norm)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Checkpoint both towers block by block."""
-        self.visual.trunk.set_grad_checkpointing(enable)
-        self.text.set_grad_checkpointing(enable)
+    def blocks(self) -> list[nn.Module]:
+        """HLIP's blocks and BERT's layers."""
+        return [*self.visual.trunk.blocks, *self.text.transformer.encoder.layer]
+
+    def set_patch_dropout(self, share: float) -> None:
+        """See `DualEncoder`; the share is dropped of each of the smallest groups that a block attends to."""
+        self.visual.trunk.patch_dropout.share = share
 
     def resize_position_tables(self, tensors: dict[str, Tensor]) -> list[str]:
         """Resample the position table in `tensors` (parameter names as here) to this model's grid, in place.

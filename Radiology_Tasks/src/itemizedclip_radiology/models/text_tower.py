@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel
 
 from itemizedclip.models.config import MAX_LAYERS, MAX_WIDTH, block_numbers
 from itemizedclip.models.dual_encoder import unfreeze_layer_norms
+from itemizedclip.models.recompute import set_recomputing
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.fields import (
     Rule,
@@ -333,13 +334,9 @@ class BertTextTower(nn.Module):
             self.transformer.eval()
         return self
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute BERT's layers in the backward pass (non-reentrant)."""
-        verb = "enable" if enable else "disable"
-        # transformers renames gradient_checkpointing_… to activation_checkpointing_… between versions 5 and 6.
-        new_name, old_name = f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"
-        switch = getattr(self.transformer, new_name if hasattr(self.transformer, new_name) else old_name)
-        switch(*([{"use_reentrant": False}] if enable else []))
+    def set_grad_checkpointing(self, enable: bool = True, *, keep_attention: bool = False) -> None:
+        """Recompute BERT's layers in the backward pass (`models.recompute`)."""
+        set_recomputing(self.transformer.encoder.layer, enable, keep_attention=keep_attention)
 
     def forward(self, tokens_NC: Tensor) -> Tensor:
         """Text features (N, D), not normalised, of int64 tokens (N, C), C up to the context length.
