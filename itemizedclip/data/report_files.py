@@ -24,7 +24,7 @@ from typing import Any, Literal
 from itemizedclip.data.itemize import Itemized, section_role
 from itemizedclip.data.items import is_normal_study
 from itemizedclip.runtime.errors import MissingFileError, UserError
-from itemizedclip.runtime.files import open_csv, parse_json, read_json, read_text, write_json, write_text
+from itemizedclip.runtime.files import column_key, open_table, parse_json, read_json, read_text, write_json, write_text
 
 SourceKind = Literal["studies", "lists", "lines", "table", "folder"]
 
@@ -139,48 +139,33 @@ def _read_lines(path: Path) -> list[Report]:
     return reports
 
 
-def _key(column: str) -> str:
-    return "".join(letter for letter in column.lower() if letter.isalnum())
-
-
 def _section_of_column(column: str) -> str:
     """ "Findings_EN" → "findings"; other columns stay as they are, in lower case."""
     return column.lower().replace("_", " ").strip().removesuffix(" en").strip()
 
 
 def _read_table(path: Path, name_column: str | None, text_columns: Sequence[str]) -> list[Report]:
-    with open_csv(path, holding=HOLDING) as reader:
-        rows = [(reader.line, row) for row in reader if any(cell.strip() for cell in row)]
-    if not rows:
-        return []
-    header = [cell.strip() for cell in rows[0][1]]
-    keys = [_key(cell) for cell in header]
-    wanted = [_key(name_column)] if name_column else list(NAME_FIELDS)
-    names = [keys.index(name) for name in wanted if name in keys]
-    if text_columns:
-        unknown = [name for name in text_columns if _key(name) not in keys]
-        if unknown:
-            raise UserError(f"{path}: has no column {unknown[0]!r}; it has {', '.join(header)}")
-        texts = [keys.index(_key(name)) for name in text_columns]
-    else:
-        texts = [
+    with open_table(path, holding=HOLDING) as table:
+        header = table.header
+        rows = [row for _, row in table.rows()]
+        if not header:
+            return []
+        name = table.place(name_column) if name_column else table.find(*NAME_FIELDS)
+        texts = [table.place(column) for column in text_columns] or [
             place
             for place, column in enumerate(header)
-            if section_role(_section_of_column(column)) in ("findings", "impression") or _key(column) in TEXT_FIELDS
+            if section_role(_section_of_column(column)) in ("findings", "impression")
+            or column_key(column) in TEXT_FIELDS
         ]
-    if not names or not texts:
-        if len(header) == 2 and name_column is None and not text_columns:
-            return [_row_report(path, line, row, 0, [1], [""]) for line, row in rows]
-        missing = "a column of names (--name-column)" if not names else "a column of text (--text-columns)"
+    if name is None or not texts:
+        if len(header) == 2 and name_column is None and not text_columns:  # no header, names and texts alone
+            return [_row_report(row, 0, [1], [""]) for row in [header, *rows]]
+        missing = "a column of names (--name-column)" if name is None else "a column of text (--text-columns)"
         raise UserError(f"{path}: found no {missing[2:]}; its columns are {', '.join(header)}")
-    return [_row_report(path, line, row, names[0], texts, header) for line, row in rows[1:]]
+    return [_row_report(row, name, texts, header) for row in rows]
 
 
-def _row_report(
-    path: Path, line: int, row: Sequence[str], name: int, texts: Sequence[int], header: Sequence[str]
-) -> Report:
-    if len(row) <= max(name, *texts):
-        raise UserError(f"{path}: line {line}: {len(row)} columns; expected at least {max(name, *texts) + 1}")
+def _row_report(row: Sequence[str], name: int, texts: Sequence[int], header: Sequence[str]) -> Report:
     parts = []
     for place in texts:
         column = _section_of_column(header[place]) if place < len(header) else ""

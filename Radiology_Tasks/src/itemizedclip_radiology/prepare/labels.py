@@ -29,7 +29,7 @@ import pandas as pd
 import tyro
 
 from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
-from itemizedclip.runtime.files import open_csv, written_whole
+from itemizedclip.runtime.files import column_key, open_csv, written_whole
 from itemizedclip.runtime.flags import at_least, loader_processes, read_flags
 from itemizedclip.runtime.logs import shown
 from itemizedclip_radiology.benchmarks.chest_ct import (
@@ -42,7 +42,7 @@ from itemizedclip_radiology.benchmarks.chest_ct import (
 )
 from itemizedclip_radiology.benchmarks.head_ct import CQ500_COLUMNS, CQ500_POSITIVES, RSNA_COLUMNS, cq500_id
 from itemizedclip_radiology.data.ct_rate_tree import parse_volume_name
-from itemizedclip_radiology.data.label_table import LabelTable, column_key, count_differences, write_label_csv
+from itemizedclip_radiology.data.label_table import LabelTable, count_differences, write_label_csv
 
 # --- RSNA ------------------------------------------------------------------------------------------------------------
 

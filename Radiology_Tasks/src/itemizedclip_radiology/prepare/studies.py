@@ -40,14 +40,14 @@ from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.images import decode_photograph
-from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
-from itemizedclip.runtime.files import check_writable, open_csv, read_json, replacing, write_json, written_whole
+from itemizedclip.runtime.errors import UserError, reported_errors
+from itemizedclip.runtime.files import check_writable, read_json, replacing, write_json, written_whole
 from itemizedclip.runtime.flags import at_least, check, loader_processes, read_flags
 from itemizedclip.runtime.jobs import run_jobs
 from itemizedclip.runtime.logs import literal, logging_to_console, progress_bar, standard_error
 from itemizedclip.viewer.geometry import Geometry
 from itemizedclip.viewer.inputs import SeriesChoice
-from itemizedclip_radiology.data.archives import is_archive, unpacked_archive
+from itemizedclip_radiology.data.archives import unpacked_archive
 from itemizedclip_radiology.data.dicom import DicomSeries, find_dicom_series, read_dicom
 from itemizedclip_radiology.data.nifti import is_nifti, nifti_stem, read_nifti
 from itemizedclip_radiology.data.scans import (
@@ -66,6 +66,7 @@ from itemizedclip_radiology.data.volumes import (
     excess_rescale_hu,
 )
 from itemizedclip_radiology.prepare.pseudonyms import Pseudonyms, open_key, without_identities
+from itemizedclip_radiology.prepare.sources import Entry, find_entries
 from itemizedclip_radiology.viewing.inputs import CHEST_CODES, at_chest_spacing, brain_series
 
 logger = logging.getLogger(__name__)
@@ -141,66 +142,6 @@ class PrepareStudiesOptions:
             check(not inside, f"--names-table {self.names_table} lies in --to, which is shared; give another place")
 
 
-# --- what there is to do ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One thing of the source.
-
-    Attributes:
-        path: folder, archive or file.
-        patient: whose it is, "" when only its files tell.
-        split: train or valid, "" when it is drawn.
-    """
-
-    path: Path
-    patient: str = ""
-    split: str = ""
-
-
-def find_entries(source: Path) -> list[Entry]:
-    """The entries of a source, by name.
-
-    Raises:
-        MissingFileError: no such file or folder, or nothing in it.
-        UserError: a CSV without a column path, or with another split than train and valid.
-    """
-    source = source.expanduser()
-    if source.is_file() and source.suffix.lower() == ".csv":
-        return _listed_entries(source)
-    if source.is_file():
-        return [Entry(source)]
-    if not source.is_dir():
-        raise MissingFileError(f"{source}: no such file or folder; expected studies, or a CSV with a column path")
-    inside = sorted(path for path in source.iterdir() if not path.name.startswith("."))
-    if not inside:
-        raise MissingFileError(f"{source}: is empty; expected folders of studies, .zip, .tar or NIfTI files")
-    whole = [path for path in inside if path.is_dir() or is_archive(path) or is_nifti(path)]
-    # DICOM files that lie in the folder itself are one study, or several that are told apart by their headers.
-    return [Entry(path) for path in whole] if whole else [Entry(source)]
-
-
-def _listed_entries(table: Path) -> list[Entry]:
-    with open_csv(table, holding="the columns path, patient, split") as rows:
-        header = [name.strip().lower() for name in next(rows, [])]
-        if "path" not in header:
-            raise UserError(f"{table}: line 1: has the columns {', '.join(header) or 'none'}; expected a column path")
-        entries = []
-        for row in rows:
-            if not any(cell.strip() for cell in row):
-                continue
-            values = dict(zip(header, (cell.strip() for cell in row)))
-            split = {"val": "valid", "validation": "valid"}.get(values.get("split", ""), values.get("split", ""))
-            if split not in ("", "train", "valid"):
-                raise UserError(f"{table}: line {rows.line}: split is {split!r}; expected train or valid")
-            path = Path(values["path"]).expanduser()
-            entries.append(Entry(path if path.is_absolute() else table.parent / path, values.get("patient", ""), split))
-    if not entries:
-        raise UserError(f"{table}: has no row; expected a path in each")
-    return entries
-
-
 # --- one entry -------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +189,9 @@ def prepare_entry(task: Task) -> None:
             for study in _studies(task, opened):
                 records += _Preparation(task, names, study).run()
         if not records:
+            if task.entry.loose:  # tables and notes beside the studies
+                write_record(task, [])
+                return
             records = [_nothing(task, names, "holds no DICOM or NIfTI scan")]
     except BadSampleError as error:
         records = [_nothing(task, names, str(error))]
@@ -291,12 +235,12 @@ def _studies(task: Task, opened: Path) -> list[_FoundStudy]:
         return [_FoundStudy(str(entry.path), entry.patient or str(entry.path), nifti=[opened])]
     found: list[_FoundStudy] = []
     by_uid: dict[str, list[DicomSeries]] = {}
-    for one in find_dicom_series(opened):
+    for one in find_dicom_series(opened, nested=not entry.loose):
         by_uid.setdefault(one.slices[0].study, []).append(one)
     for uid, series in by_uid.items():
         patient = entry.patient or series[0].slices[0].patient or uid
         found.append(_FoundStudy(uid or str(entry.path), patient, dicom=series))
-    if opened.is_dir():
+    if opened.is_dir() and not entry.loose:
         by_folder: dict[Path, list[Path]] = {}
         for path in sorted(opened.rglob("*")):
             if is_nifti(path) and not path.name.startswith("."):
