@@ -6,7 +6,7 @@ A source is one of
     lines     .jsonl  {"image" or "series" or "id": …, "report" or "captions" or "items": "text" or ["text", …]}
     table     .csv    a header with a column of names and columns of text (findings, impression, report, caption, …),
                       or two columns without a header: name and text
-    folder            one .txt per study, its stem the name
+    folder            one .txt per study, its stem the name, or such tables
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from itemizedclip.runtime.files import column_key, open_table, parse_json, read_
 
 SourceKind = Literal["studies", "lists", "lines", "table", "folder"]
 
-TEXT_FIELDS = ("report", "captions", "caption", "items", "sentences", "text")
+TEXT_FIELDS = ("report", "captions", "caption", "items", "sentences", "text", "extractedsentences")
 """Where a line of a .jsonl, or a column of a table, may hold its text; the first that is there is taken."""
 
-NAME_FIELDS = ("id", "study", "studyid", "volumename", "image", "filename", "name", "key", "accession")
+NAME_FIELDS = ("id", "study", "studyid", "studyuid", "volumename", "image", "filename", "name", "key", "accession")
 """Columns of a table, and fields of a line, that may hold the name."""
 
-HOLDING = "reports: a .json, .jsonl or .csv file, or a folder of .txt files"
+HOLDING = "reports: a .json, .jsonl or .csv file, or a folder of .txt or .csv files"
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,15 @@ def read_reports(path: str | Path, *, name_column: str | None = None, text_colum
     if not path.exists():
         raise MissingFileError(f"{path}: no such file; expected {HOLDING}")
     if path.is_dir():
-        files = sorted(
-            file for file in path.iterdir() if file.suffix.lower() == ".txt" and not file.name.startswith(".")
-        )
-        reports = [Report(file.stem, [read_text(file, holding="a report")]) for file in files]
-        source = ReportSource(path, "folder", reports)
+        files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+        texts = [file for file in files if file.suffix.lower() == ".txt"]
+        tables = [file for file in files if file.suffix.lower() == ".csv"]
+        if texts or not tables:
+            reports = [Report(file.stem, [read_text(file, holding="a report")]) for file in texts]
+            source = ReportSource(path, "folder", reports)
+        else:
+            rows = [report for file in tables for report in _read_table(file, name_column, text_columns)]
+            source = ReportSource(path, "table", rows)
     elif path.suffix.lower() == ".csv":
         source = ReportSource(path, "table", _read_table(path, name_column, text_columns))
     elif path.suffix.lower() == ".jsonl":
@@ -131,10 +135,14 @@ def _read_lines(path: Path) -> list[Report]:
         entry = parse_json(line, source=where, holding=HOLDING)
         if not isinstance(entry, dict):
             raise UserError(f"{where}: expected an object with one of {', '.join(TEXT_FIELDS)}")
-        found = [name for name in TEXT_FIELDS if name in entry]
+        fields = {column_key(name): name for name in entry}
+        found = [fields[name] for name in TEXT_FIELDS if name in fields]
         if not found:
             raise UserError(f"{where}: none of the fields {', '.join(TEXT_FIELDS)}; one must hold the text")
-        name = next((entry[key] for key in NAME_FIELDS if isinstance(entry.get(key), str)), f"line {number}")
+        if entry.get("valid_json") is False:  # MR-RATE: what a language model wrote and nobody could read
+            continue
+        named = (entry[fields[key]] for key in NAME_FIELDS if key in fields)
+        name = next((value for value in named if isinstance(value, str)), f"line {number}")
         reports.append(Report(name, _texts(entry[found[0]], f"{where}: field {found[0]!r}"), entry))
     return reports
 

@@ -144,6 +144,12 @@ def list_rsna_images(dicom_dir: Path, *, workers: int | None = None) -> list[tup
     return [row for row in rows if row is not None]
 
 
+def write_image_table(path: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """Write (image id, study id) as `build_rsna` and `prepare studies --from rsna` read them."""
+    with written_whole(path, text=True) as file:
+        csv.writer(file, lineterminator="\n").writerows([("ImageID", "StudyInstanceUID"), *rows])
+
+
 def _dicom_ids(path: str) -> tuple[str, str] | None:
     import pydicom  # here, because only this command needs it
 
@@ -338,8 +344,7 @@ class RsnaImages:
     def run(self) -> Iterator[str]:
         at_least(self, workers=1)
         rows = list_rsna_images(self.dicom_dir, workers=self.workers)
-        with written_whole(self.output, text=True) as file:
-            csv.writer(file, lineterminator="\n").writerows([("ImageID", "StudyInstanceUID"), *rows])
+        write_image_table(self.output, rows)
         yield f"{self.output}: {len(rows):,} images of {len({study for _, study in rows}):,} studies"
 
 

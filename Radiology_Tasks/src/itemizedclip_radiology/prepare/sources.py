@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.files import open_table
 from itemizedclip_radiology.data.archives import is_archive
 from itemizedclip_radiology.data.nifti import is_nifti
 
+Recipe = Literal["mri", "ct", "chest-ct"]
+
 _SPLITS = {"": "", "train": "train", "valid": "valid", "val": "valid", "validation": "valid"}
+
+
+@dataclass(frozen=True)
+class VolumeFacts:
+    """What a table says of a volume: name, rescale slope and intercept, spacing in mm along columns, rows, slices."""
+
+    volume: str
+    slope: float
+    intercept: float
+    spacing_mm: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -20,14 +33,22 @@ class Entry:
     Attributes:
         path: folder, archive or file.
         patient: whose it is, "" when only its files tell.
-        split: train or valid, "" when it is drawn.
+        split: train, valid or (public data sets) test, "" when it is drawn.
         loose: of a folder only the files that lie in it, not those of its folders.
+        study: its name in a public data set, which it keeps.
+        layout: of the public data set (see `itemizedclip_radiology.prepare.public`).
+        files: only these of the folder's; none: all.
+        facts: what the data set's tables say of them.
     """
 
     path: Path
     patient: str = ""
     split: str = ""
     loose: bool = False
+    study: str = ""
+    layout: str = ""
+    files: tuple[Path, ...] = ()
+    facts: tuple[VolumeFacts, ...] = ()
 
 
 def find_entries(source: Path) -> list[Entry]:
