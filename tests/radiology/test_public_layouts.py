@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import nibabel
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import run
 from itemizedclip_radiology.benchmarks.chest_ct import open_ct_rate
 from itemizedclip_radiology.benchmarks.head_ct import open_cq500, open_rsna
+from itemizedclip_radiology.benchmarks.mr_rate import MR_RATE_PROMPTS, open_mr_rate
 from itemizedclip_radiology.benchmarks.pub_brain_5 import open_pub_brain_5
+from itemizedclip_radiology.benchmarks.zero_shot import auc_intervals
 from itemizedclip_radiology.data.brain import BrainStudies
 from itemizedclip_radiology.data.chest import ChestInput, ChestScans
 from itemizedclip_radiology.prepare import studies as module
@@ -27,7 +31,9 @@ from public_trees import (
     write_rad_chestct,
     write_rsna,
 )
+from sklearn.metrics import roc_auc_score
 
+from itemizedclip.commands import evaluate, train
 from itemizedclip.data.report_files import read_reports
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.jobs import JobEnd
@@ -96,6 +102,119 @@ def test_mr_rate(tmp_path):
     (tmp_path / "mr-rate/splits.csv").unlink()
     with pytest.raises(UserError, match=r"no splits\.csv in it"):
         prepared(tmp_path / "mr-rate", to, "mr-rate")
+
+
+# --- MR-RATE from its files to its score -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mr_rate(tmp_path_factory) -> Path:
+    """A small MR-RATE beside what was prepared of it: source/, out/."""
+    root = tmp_path_factory.mktemp("mr")
+    write_mr_rate(root / "source", num_train=4, num_valid=3, num_test=6)
+    options = PrepareStudiesOptions(
+        source=root / "source", to=root / "out", layout="mr-rate", items=root / "source/sentences.jsonl"
+    )
+    tasks = open_tasks(options)
+    for task in tasks:
+        module.prepare_entry(task)
+    records = module.read_records(root / "out")
+    module.write_results(root / "out", "mri", records, items=join_items(options, tasks), layout="mr-rate")
+    return root
+
+
+def flags_of_training(root: Path, name: str) -> list[str]:
+    labels = str(root / "source/pathology_labels/mrrate_labels.csv")
+    return [
+        "--data-root", str(root / "out"), "--labels", labels, "--prompts", str(root / "source/pathologies.json"),
+        "--volume-size", "8", "32", "32", "--logs", str(root / "logs"), "--name", name,
+        "--epochs", "1", "--warmup", "0", "--batch-size", "2",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(mr_rate) -> Path:
+    train.main(["mr-rate_debug", *flags_of_training(mr_rate, "one")])
+    return mr_rate / "logs/one"
+
+
+def flags_of_evaluation(root: Path, run: Path, output: Path) -> list[str]:
+    return [
+        "mr-rate", "--data-dir", str(root / "out"), "--labels",
+        str(root / "source/pathology_labels/mrrate_labels.csv"), "--checkpoint", str(run / "checkpoints/epoch_1.pt"),
+        "--output", str(output),
+    ]  # fmt: skip
+
+
+def test_mr_rate_is_trained_on_and_scored(mr_rate, trained, tmp_path):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    (measured,) = [line for line in lines if line["kind"] == "eval"]
+    assert {"valid/mean_item_rank", "mr_rate_valid/macro_auc"} <= set(measured)
+    evaluate.main(flags_of_evaluation(mr_rate, trained, tmp_path))
+    results = json.loads((tmp_path / "mr_rate.results.json").read_text())
+    facts = results["facts"]
+    assert facts["num_studies"] == 6
+    assert {"auc/Cerebral infarction", "auc/Intracranial meningioma", "mean_auc"} == set(results["metrics"])
+    low, high = facts["auc_intervals_95"]["mean"]
+    assert low <= results["metrics"]["mean_auc"] <= high
+    assert facts["prompts"] == {name: MR_RATE_PROMPTS[name] for name in facts["prompts"]}
+    assert "the label file has no column for 35 findings" in facts["notes"][0]
+
+
+@pytest.mark.slow
+def test_mr_rate_on_two_processes(mr_rate, trained, tmp_path):
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+                "itemizedclip"]  # fmt: skip
+    result = run(*launched, "train", "mr-rate_debug", *flags_of_training(mr_rate, "two"), OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert "mr_rate_valid/macro_auc" in (mr_rate / "logs/two/metrics.jsonl").read_text()
+    evaluate.main(flags_of_evaluation(mr_rate, trained, tmp_path / "one"))
+    command = [*launched, "evaluate", *flags_of_evaluation(mr_rate, trained, tmp_path / "two")]
+    result = run(*command, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    metrics = [json.loads((tmp_path / name / "mr_rate.results.json").read_text())["metrics"] for name in ("one", "two")]
+    assert metrics[0] == metrics[1]
+
+
+def test_what_mr_rate_needs(mr_rate, tmp_path):
+    labels = mr_rate / "source/pathology_labels/mrrate_labels.csv"
+    assert len(open_mr_rate(labels, mr_rate / "out", split="all")) == 13
+    with pytest.raises(
+        UserError, match=r"test\.json: no such file; expected what `itemizedclip prepare studies MR-RATE"
+    ):
+        open_mr_rate(labels, tmp_path)
+    (tmp_path / "labels.csv").write_text("study_uid,Health\nA,1\n")
+    with pytest.raises(
+        UserError, match="no column of a finding such as 'Cerebral infarction'; found study_uid, Health"
+    ):
+        open_mr_rate(tmp_path / "labels.csv", mr_rate / "out")
+    (tmp_path / "prompts.json").write_text(json.dumps({"pathologies": {"Glioma": {"negative": "no"}}}))
+    with pytest.raises(UserError, match="'Glioma' has no positive text"):
+        open_mr_rate(labels, mr_rate / "out", prompts=tmp_path / "prompts.json")
+
+
+def test_intervals_are_those_of_resampled_patients():
+    generator = np.random.default_rng(3)
+    labels = generator.integers(-1, 2, (40, 2)).astype(np.int8)
+    scores = np.round(generator.normal(size=(40, 2)) + labels * 0.5, 1)  # with ties
+    groups = [f"P{n // 3}" for n in range(40)]
+    found = auc_intervals(scores, labels, ("a", "b"), groups, resamples=50, seed=5)
+    # The same, plainly: the studies of each drawn patient as often as it was drawn.
+    names = sorted(set(groups))
+    draws = np.random.default_rng(5).multinomial(len(names), np.full(len(names), 1 / len(names)), size=50)
+    aucs = np.array([
+        [
+            roc_auc_score(labels[rows, c], scores[rows, c])
+            for c in (0, 1)
+            if (rows := [n for n in range(40) for _ in range(draw[names.index(groups[n])]) if labels[n, c] >= 0])
+        ]
+        for draw in draws
+    ])  # fmt: skip
+    for key, values in (("a", aucs[:, 0]), ("b", aucs[:, 1]), ("mean", aucs.mean(1))):
+        np.testing.assert_allclose(found[key], np.percentile(values, (2.5, 97.5)), atol=1e-12)
+
+
+# --- the others ------------------------------------------------------------------------------------------------------
 
 
 def test_ct_rate_is_rescaled_exactly_once(tmp_path):

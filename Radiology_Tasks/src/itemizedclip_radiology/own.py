@@ -77,6 +77,7 @@ class OwnBrainStudies(BrainStudies):
     ) -> None:
         self.num_series = num_series
         self.volume_size = volume_size
+        self.prepare = "crop"
         index = _index(file, is_train=is_train, lower_case=False)
         counts = [len(entry.series) for entry in file.entries]
         StudyDataset.__init__(self, index, files_per_study=counts, is_train=is_train, num_items=num_items, seed=seed)
