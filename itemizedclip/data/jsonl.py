@@ -347,7 +347,8 @@ def check_files(file: OwnFile, *, max_missing: float = 0.0) -> list[str]:
     missing = []
     for entry in file.entries:
         paths = [file.root / path for path in (entry.series.values() if entry.series else [entry.image])]
-        if not any(path.is_file() for path in paths):
+        # A series may be the folder of its DICOM files.
+        if not any(path.exists() if entry.series else path.is_file() for path in paths):
             missing.append((entry.name, paths[0]))
     if len(missing) > max_missing * len(file.entries):
         raise MissingFileError(

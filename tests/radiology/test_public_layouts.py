@@ -163,7 +163,7 @@ def test_mr_rate_is_trained_on_and_scored(mr_rate, trained, tmp_path):
 
 @pytest.mark.slow
 def test_mr_rate_on_two_processes(mr_rate, trained, tmp_path):
-    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--",
                 "itemizedclip"]  # fmt: skip
     result = run(*launched, "train", "mr-rate_debug", *flags_of_training(mr_rate, "two"), OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr

@@ -461,7 +461,7 @@ def ctrate_debug() -> ChestRun:
 
 def main_studies(argv: Sequence[str] | None = None) -> TrainResult:
     """Entry point of open_mri_train/main.py."""
-    names = ("mri", "ct", "mri_debug", "ct_debug")
+    names = ("mri", "ct", "mr-rate", "mri_debug", "ct_debug", "mr-rate_debug")
     return train_door(names, argv, description="Train ItemizedCLIP on whole studies of brain MRI or head CT.")
 
 

@@ -23,8 +23,9 @@ import numpy as np
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip_radiology.data.reports import StudyIndex, check_names, report_items
-from itemizedclip_radiology.data.studies import LoadedStudy, Preparation, SeriesFile, load_study
+from itemizedclip_radiology.data.studies import LoadedStudy, Preparation, ScanReader, SeriesFile, load_study
 from itemizedclip_radiology.data.study_dataset import StudyDataset
+from itemizedclip_radiology.data.unprepared import hint_for_folder
 from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size, crop_series, read_volume
 
 NUM_SERIES = 10
@@ -74,7 +75,10 @@ def find_study_files(
     train_json = json_folder / "train.json"
     valid_jsons = [path for path in (json_folder / "valid.json", json_folder / "val.json") if path.is_file()]
     if not train_json.is_file():
-        raise MissingFileError(f"{train_json}: no such file; expected the index of the training studies (--json-root)")
+        hint = hint_for_folder(data_folder, "ct" if is_ct else "mri")
+        raise MissingFileError(
+            f"{train_json}: no such file; expected the index of the training studies (--json-root){hint}"
+        )
     if not valid_jsons:
         raise MissingFileError(f"{json_folder}: neither valid.json nor val.json; expected the validation studies")
     if len(valid_jsons) == 2 and not is_ct:
@@ -104,6 +108,7 @@ def find_study_folder(data_root: Path, split: str, studies: Sequence[str]) -> Pa
     raise MissingFileError(
         f"none of {len(studies)} studies of {split}.json ({studies[0]}, …) is a folder in "
         f"{' or '.join(map(str, candidates))}; give the folder that holds STUDY/SERIES/{VOLUME_FILE}"
+        f"{hint_for_folder(data_root, 'mri')}"
     )
 
 
@@ -170,6 +175,7 @@ class BrainStudies(StudyDataset):
         self.num_series = num_series
         self.volume_size = volume_size
         self.prepare = prepare
+        self.read_scan: ScanReader | None = None
         check = _EntryCheck(reports or {})
         index = StudyIndex(json_path, check, on_bad_sample=on_bad_sample)
         super().__init__(index, files_per_study=check.series_counts, is_train=is_train, num_items=num_items, seed=seed)
@@ -198,6 +204,7 @@ class BrainStudies(StudyDataset):
                 size=self.volume_size,
                 arrange=lambda num: repeat_to_at_least(self.num_series, num),
                 prepare=self.prepare,
+                read_scan=self.read_scan,
             )
         else:
             crop_at = (float(generator.random()), float(generator.random()))
@@ -209,6 +216,7 @@ class BrainStudies(StudyDataset):
                 max_series=self.num_series,
                 crop_at=crop_at,
                 prepare=self.prepare,
+                read_scan=self.read_scan,
             )
         for file, message in loaded.skipped:
             self.skipped.add(row, files.index(file), message)
@@ -218,6 +226,8 @@ class BrainStudies(StudyDataset):
         """See `StudyDataset`."""
         messages = []
         for file in self.files(row):
+            if self.read_scan is not None and file.path.suffix != ".pt" and file.path.exists():
+                return None
             try:
                 volume = read_volume(file.path, memory_map=True)
                 if self.prepare == "crop":

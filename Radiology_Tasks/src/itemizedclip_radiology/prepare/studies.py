@@ -54,23 +54,25 @@ from itemizedclip_radiology.data.nifti import is_nifti, nifti_stem, read_nifti
 from itemizedclip_radiology.data.reports import numbered_items
 from itemizedclip_radiology.data.scans import (
     Body,
-    OrientedScan,
     Scan,
     check_field_of_view,
     looks_like_hu,
-    orient,
     straightened,
 )
 from itemizedclip_radiology.data.volumes import (
     BRAIN_SIZE,
-    GREY_MEAN,
-    GREY_STD,
     excess_rescale_hu,
 )
 from itemizedclip_radiology.prepare.pseudonyms import Pseudonyms, open_key, without_identities
 from itemizedclip_radiology.prepare.public import PUBLIC_LAYOUTS
 from itemizedclip_radiology.prepare.sources import Entry, Recipe, find_entries
-from itemizedclip_radiology.viewing.inputs import CHEST_CODES, HEAD_WINDOWS_HU, at_chest_spacing, brain_series
+from itemizedclip_radiology.viewing.inputs import (
+    HEAD_WINDOWS_HU,
+    at_chest_spacing,
+    brain_series,
+    grey_values,
+    oriented_chest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -370,17 +372,17 @@ class _Preparation:
             )
             return
         check_field_of_view(scan, body)
-        scan = straightened(scan)
         if body == "chest":
             self._write_chest(scan)
             return
+        scan = straightened(scan)
         own_size = self.layout is not None and self.layout.own_size
         folder = ""
         for one in brain_series(scan, BRAIN_SIZE):
             if own_size:
                 grey, geometry = torch.from_numpy(one.view.values), Geometry.of_input(one.view.values.shape)
             else:
-                grey = (one.image[0] * GREY_STD + GREY_MEAN).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+                grey = grey_values(one)
                 geometry = one.view.geometry
             where = {"geometry": _described(geometry), "window_hu": one.view.window_hu, "values": "grey 0-255"}
             windowed = _WINDOWED.fullmatch(one.view.name) if self.layout else None
@@ -397,7 +399,10 @@ class _Preparation:
             self._write(file, grey, name, scan, where, one.view.affine, one.view.spacing_mm)
 
     def _write_chest(self, scan: Scan) -> None:
-        turned: OrientedScan = orient(scan, CHEST_CODES)
+        stored_order = self.layout is not None
+        if not stored_order:
+            scan = straightened(scan)
+        turned = oriented_chest(scan, stored_order=stored_order)
         hu = torch.from_numpy(np.ascontiguousarray(turned.voxels)).float()
         excess = excess_rescale_hu(hu, source=scan.source)
         if excess:
