@@ -31,7 +31,7 @@ from itemizedclip.data.batch import BadSampleError, ItemSample
 from itemizedclip.data.images import decode_photograph
 from itemizedclip.data.items import diverse_sample, load_item_lists, sample_items, sample_rng, seeded_transforms
 from itemizedclip.runtime.errors import MissingFileError, UserError
-from itemizedclip.runtime.files import open_csv, parse_json, read_text
+from itemizedclip.runtime.files import open_table, parse_json, read_text
 from itemizedclip.runtime.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -168,20 +168,10 @@ def _values(path: Path) -> list[tuple[str, Any]]:
 
 def _csv_values(path: Path) -> list[tuple[str, Any]]:
     holding = "the columns image and item"
-    with open_csv(path, holding=holding) as reader:
-        header = [name.strip().lower() for name in next(reader, [])]
-        image = next((header.index(name) for name in _IMAGE_COLUMNS if name in header), None)
-        item = next((header.index(name) for name in _ITEM_COLUMNS if name in header), None)
-        if image is None or item is None:
-            raise UserError(f"{path}: line 1: has the columns {', '.join(header) or 'none'}; expected {holding}")
-        split = header.index("split") if "split" in header else None
+    with open_table(path, holding=holding) as table:
+        image, item, split = table.place(*_IMAGE_COLUMNS), table.place(*_ITEM_COLUMNS), table.find("split")
         values: dict[str, tuple[str, dict[str, Any]]] = {}
-        for row in reader:
-            if not any(cell.strip() for cell in row):
-                continue
-            where = f"{path}: line {reader.line}"
-            if len(row) != len(header):
-                raise UserError(f"{where}: {len(row)} columns; expected {len(header)}")
+        for where, row in table.rows():
             entry = values.setdefault(row[image], (where, {"image": row[image], "items": []}))[1]
             entry["items"].append(row[item])
             part = row[split].strip() if split is not None else ""
@@ -357,7 +347,8 @@ def check_files(file: OwnFile, *, max_missing: float = 0.0) -> list[str]:
     missing = []
     for entry in file.entries:
         paths = [file.root / path for path in (entry.series.values() if entry.series else [entry.image])]
-        if not any(path.is_file() for path in paths):
+        # A series may be the folder of its DICOM files.
+        if not any(path.exists() if entry.series else path.is_file() for path in paths):
             missing.append((entry.name, paths[0]))
     if len(missing) > max_missing * len(file.entries):
         raise MissingFileError(

@@ -6,7 +6,7 @@ A source is one of
     lines     .jsonl  {"image" or "series" or "id": …, "report" or "captions" or "items": "text" or ["text", …]}
     table     .csv    a header with a column of names and columns of text (findings, impression, report, caption, …),
                       or two columns without a header: name and text
-    folder            one .txt per study, its stem the name
+    folder            one .txt per study, its stem the name, or such tables
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from typing import Any, Literal
 from itemizedclip.data.itemize import Itemized, section_role
 from itemizedclip.data.items import is_normal_study
 from itemizedclip.runtime.errors import MissingFileError, UserError
-from itemizedclip.runtime.files import open_csv, parse_json, read_json, read_text, write_json, write_text
+from itemizedclip.runtime.files import column_key, open_table, parse_json, read_json, read_text, write_json, write_text
 
 SourceKind = Literal["studies", "lists", "lines", "table", "folder"]
 
-TEXT_FIELDS = ("report", "captions", "caption", "items", "sentences", "text")
+TEXT_FIELDS = ("report", "captions", "caption", "items", "sentences", "text", "extractedsentences")
 """Where a line of a .jsonl, or a column of a table, may hold its text; the first that is there is taken."""
 
-NAME_FIELDS = ("id", "study", "studyid", "volumename", "image", "filename", "name", "key", "accession")
+NAME_FIELDS = ("id", "study", "studyid", "studyuid", "volumename", "image", "filename", "name", "key", "accession")
 """Columns of a table, and fields of a line, that may hold the name."""
 
-HOLDING = "reports: a .json, .jsonl or .csv file, or a folder of .txt files"
+HOLDING = "reports: a .json, .jsonl or .csv file, or a folder of .txt or .csv files"
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,15 @@ def read_reports(path: str | Path, *, name_column: str | None = None, text_colum
     if not path.exists():
         raise MissingFileError(f"{path}: no such file; expected {HOLDING}")
     if path.is_dir():
-        files = sorted(
-            file for file in path.iterdir() if file.suffix.lower() == ".txt" and not file.name.startswith(".")
-        )
-        reports = [Report(file.stem, [read_text(file, holding="a report")]) for file in files]
-        source = ReportSource(path, "folder", reports)
+        files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+        texts = [file for file in files if file.suffix.lower() == ".txt"]
+        tables = [file for file in files if file.suffix.lower() == ".csv"]
+        if texts or not tables:
+            reports = [Report(file.stem, [read_text(file, holding="a report")]) for file in texts]
+            source = ReportSource(path, "folder", reports)
+        else:
+            rows = [report for file in tables for report in _read_table(file, name_column, text_columns)]
+            source = ReportSource(path, "table", rows)
     elif path.suffix.lower() == ".csv":
         source = ReportSource(path, "table", _read_table(path, name_column, text_columns))
     elif path.suffix.lower() == ".jsonl":
@@ -131,16 +135,16 @@ def _read_lines(path: Path) -> list[Report]:
         entry = parse_json(line, source=where, holding=HOLDING)
         if not isinstance(entry, dict):
             raise UserError(f"{where}: expected an object with one of {', '.join(TEXT_FIELDS)}")
-        found = [name for name in TEXT_FIELDS if name in entry]
+        fields = {column_key(name): name for name in entry}
+        found = [fields[name] for name in TEXT_FIELDS if name in fields]
         if not found:
             raise UserError(f"{where}: none of the fields {', '.join(TEXT_FIELDS)}; one must hold the text")
-        name = next((entry[key] for key in NAME_FIELDS if isinstance(entry.get(key), str)), f"line {number}")
+        if entry.get("valid_json") is False:  # MR-RATE: what a language model wrote and nobody could read
+            continue
+        named = (entry[fields[key]] for key in NAME_FIELDS if key in fields)
+        name = next((value for value in named if isinstance(value, str)), f"line {number}")
         reports.append(Report(name, _texts(entry[found[0]], f"{where}: field {found[0]!r}"), entry))
     return reports
-
-
-def _key(column: str) -> str:
-    return "".join(letter for letter in column.lower() if letter.isalnum())
 
 
 def _section_of_column(column: str) -> str:
@@ -149,38 +153,27 @@ def _section_of_column(column: str) -> str:
 
 
 def _read_table(path: Path, name_column: str | None, text_columns: Sequence[str]) -> list[Report]:
-    with open_csv(path, holding=HOLDING) as reader:
-        rows = [(reader.line, row) for row in reader if any(cell.strip() for cell in row)]
-    if not rows:
-        return []
-    header = [cell.strip() for cell in rows[0][1]]
-    keys = [_key(cell) for cell in header]
-    wanted = [_key(name_column)] if name_column else list(NAME_FIELDS)
-    names = [keys.index(name) for name in wanted if name in keys]
-    if text_columns:
-        unknown = [name for name in text_columns if _key(name) not in keys]
-        if unknown:
-            raise UserError(f"{path}: has no column {unknown[0]!r}; it has {', '.join(header)}")
-        texts = [keys.index(_key(name)) for name in text_columns]
-    else:
-        texts = [
+    with open_table(path, holding=HOLDING) as table:
+        header = table.header
+        rows = [row for _, row in table.rows()]
+        if not header:
+            return []
+        name = table.place(name_column) if name_column else table.find(*NAME_FIELDS)
+        texts = [table.place(column) for column in text_columns] or [
             place
             for place, column in enumerate(header)
-            if section_role(_section_of_column(column)) in ("findings", "impression") or _key(column) in TEXT_FIELDS
+            if section_role(_section_of_column(column)) in ("findings", "impression")
+            or column_key(column) in TEXT_FIELDS
         ]
-    if not names or not texts:
-        if len(header) == 2 and name_column is None and not text_columns:
-            return [_row_report(path, line, row, 0, [1], [""]) for line, row in rows]
-        missing = "a column of names (--name-column)" if not names else "a column of text (--text-columns)"
+    if name is None or not texts:
+        if len(header) == 2 and name_column is None and not text_columns:  # no header, names and texts alone
+            return [_row_report(row, 0, [1], [""]) for row in [header, *rows]]
+        missing = "a column of names (--name-column)" if name is None else "a column of text (--text-columns)"
         raise UserError(f"{path}: found no {missing[2:]}; its columns are {', '.join(header)}")
-    return [_row_report(path, line, row, names[0], texts, header) for line, row in rows[1:]]
+    return [_row_report(row, name, texts, header) for row in rows]
 
 
-def _row_report(
-    path: Path, line: int, row: Sequence[str], name: int, texts: Sequence[int], header: Sequence[str]
-) -> Report:
-    if len(row) <= max(name, *texts):
-        raise UserError(f"{path}: line {line}: {len(row)} columns; expected at least {max(name, *texts) + 1}")
+def _row_report(row: Sequence[str], name: int, texts: Sequence[int], header: Sequence[str]) -> Report:
     parts = []
     for place in texts:
         column = _section_of_column(header[place]) if place < len(header) else ""

@@ -348,3 +348,70 @@ def open_csv(path: str | Path, *, holding: str) -> Iterator[CsvRows]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a CSV with {holding}") from None
     with file:
         yield CsvRows(file, source=path, holding=holding)
+
+
+def column_key(name: str) -> str:
+    """What two spellings of a column's name have in common: its letters and digits, in lower case."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+class CsvTable:
+    """A CSV whose first row names the columns; a name matches without regard to case, blanks and punctuation.
+
+    Attributes:
+        path: the file.
+        header: names of the columns.
+    """
+
+    def __init__(self, path: Path, rows: CsvRows) -> None:
+        self.path = path
+        self.header = [name.strip() for name in next(rows, [])]
+        self._keys = [column_key(name) for name in self.header]
+        self._rows = rows
+
+    def find(self, *names: str) -> int | None:
+        """Place of the first of these columns that is there, None when none is.
+
+        Raises:
+            UserError: two columns of that name.
+        """
+        for name in names:
+            found = [place for place, key in enumerate(self._keys) if key == column_key(name)]
+            if len(found) > 1:
+                raise UserError(f"{self.path}: {len(found)} columns are called {name!r}; keep one")
+            if found:
+                return found[0]
+        return None
+
+    def place(self, *names: str) -> int:
+        """Place of the first of these columns that is there.
+
+        Raises:
+            UserError: none of them is, or two are called the same.
+        """
+        found = self.find(*names)
+        if found is None:
+            shown = ", ".join(self.header[:24]) + (", …" if len(self.header) > 24 else "")
+            raise UserError(f"{self.path}: no column {' or '.join(map(repr, names))}; found {shown or 'an empty file'}")
+        return found
+
+    def rows(self) -> Iterator[tuple[str, list[str]]]:
+        """(where it stands, for messages; its cells) of every row below the header that is not blank.
+
+        Raises:
+            UserError: a row of another width.
+        """
+        for row in self._rows:
+            if not any(cell.strip() for cell in row):
+                continue
+            where = f"{self.path}: line {self._rows.line}"
+            if len(row) != len(self.header):
+                raise UserError(f"{where}: {len(row)} values for {len(self.header)} columns; expected one per column")
+            yield where, row
+
+
+@contextmanager
+def open_table(path: str | Path, *, holding: str) -> Iterator[CsvTable]:
+    """A CSV file with a header; see `open_csv`."""
+    with open_csv(path, holding=holding) as rows:
+        yield CsvTable(Path(path).expanduser(), rows)

@@ -203,7 +203,7 @@ def test_lines_of_images_become_the_file_of_the_recipe_own(tmp_path):
         ("a.jsonl", '{"image": "x"}', "line 1: none of the fields report"),
         ("a.csv", "a,b,c\n1,2,3\n", "found no column of names"),
         ("a.csv", "study,report\n1,x\n1,y\n", "'1' stands twice"),
-        ("a.csv", "study,report\n1\n", "line 2: 1 columns"),
+        ("a.csv", "study,report\n1\n", "line 2: 1 values for 2 columns"),
         ("a.txt", "x", "expected reports"),
     ],
 )

@@ -230,10 +230,25 @@ def test_a_list_of_paths_with_patients_and_splits(source, tmp_path, quick):
     with pytest.raises(UserError, match="line 2: split is 'dev'; expected train or valid"):
         prepare(options(table, tmp_path / "out"))
     table.write_text("file\na\n")
-    with pytest.raises(UserError, match="has the columns file; expected a column path"):
+    with pytest.raises(UserError, match="no column 'path'; found file"):
         prepare(options(table, tmp_path / "out"))
     with pytest.raises(UserError, match="--shard is '3/2'"):
         options(table, tmp_path / "out", shard="3/2")
+
+
+def test_files_beside_folders_are_read(tmp_path, quick):
+    write_study(tmp_path / "pacs/a", 1, ("AX T2",))
+    write_study(tmp_path / "loose", 2, ("AX T2",))
+    for path in (tmp_path / "loose/s0").iterdir():
+        path.rename(tmp_path / "pacs" / path.name)
+    (tmp_path / "pacs/notes.txt").write_text("who came when")
+    records = prepare(options(tmp_path / "pacs", tmp_path / "out"))
+    assert [(record.series, record.reason) for record in records] == [("AX_T2", "")] * 2
+    assert len({record.study for record in records}) == 2
+    # Notes alone are no study.
+    for path in (tmp_path / "pacs").glob("*.dcm"):
+        path.unlink()
+    assert len(prepare(options(tmp_path / "pacs", tmp_path / "less"))) == 1
 
 
 def test_pseudonyms_need_the_key(tmp_path):

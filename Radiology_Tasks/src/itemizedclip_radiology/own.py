@@ -3,13 +3,16 @@
     {"series": {"AX_FLAIR": "s1/flair.pt", "AX_T2": "s1/t2.pt"}, "items": ["Old infarct."], "split": "train"}
 
 A volume file is what the recipe named after --like reads: grey values of the model's size for mri and head-ct, HU at
-3×1×1 mm for chest-ct, where the series are reconstructions of one scan, of which one is drawn.
+3×1×1 mm for chest-ct, where the series are reconstructions of one scan, of which one is drawn. A NIfTI file, or a file
+or folder of a DICOM series, is read as it came from the scanner, anew each time: `itemizedclip prepare studies` makes
+volume files, which are read many times faster. A head CT becomes three series by window.
 
 Axes: S series, D H W voxels.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,12 +32,14 @@ from itemizedclip.training.recipes import Opening, TrainingData
 from itemizedclip_radiology.data.brain import NUM_SERIES, BrainStudies
 from itemizedclip_radiology.data.chest import ChestInput, ChestSettings, load_chest_volume
 from itemizedclip_radiology.data.reports import StudyIndex
-from itemizedclip_radiology.data.studies import LoadedStudy, SeriesFile
+from itemizedclip_radiology.data.studies import LoadedStudy, Preparation, ScanReader, SeriesFile
 from itemizedclip_radiology.data.study_dataset import StudyDataset, UsableStudies
 from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size, read_volume
 from itemizedclip_radiology.models.initial import RadiologyRun, trunk_config, volume_transform
 from itemizedclip_radiology.recipes import ctrate, ctrate_debug, mri, mri_debug
-from itemizedclip_radiology.viewing.inputs import body_of
+from itemizedclip_radiology.viewing.inputs import body_of, chest_scan_hu, scan_series
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from itemizedclip_radiology.models.radiology_model import RadiologyItemizedCLIP
@@ -58,10 +63,26 @@ def _index(file: OwnFile, *, is_train: bool, lower_case: bool) -> StudyIndex:
     return StudyIndex(file.path, lambda study, entry: dict(entry), on_bad_sample="stop", entries=entries)
 
 
+def is_tensor_file(path: str) -> bool:
+    """Whether a volume is a `.pt` file, and no scan as it came from the scanner."""
+    return path.endswith(".pt")
+
+
+def _say_scans(file: OwnFile) -> None:
+    """What reading scans costs, where there are any."""
+    paths = [path for entry in file.entries for path in entry.series.values()]
+    scans = [path for path in paths if not is_tensor_file(path)]
+    if scans:
+        logger.warning(
+            "%s: %d of %d volumes are scans, such as %s, read and resampled anew each time; `itemizedclip prepare "
+            "studies` makes files of them that are read many times faster", file.path, len(scans), len(paths), scans[0],
+        )  # fmt: skip
+
+
 def _without_files(index: StudyIndex, root: Path) -> list[str]:
     """Studies none of whose volumes is there."""
     rows = (index[row] for row in range(len(index)))
-    return [row["study"] for row in rows if not any((root / path).is_file() for path in row["series"].values())]
+    return [row["study"] for row in rows if not any((root / path).exists() for path in row["series"].values())]
 
 
 class OwnBrainStudies(BrainStudies):
@@ -79,6 +100,8 @@ class OwnBrainStudies(BrainStudies):
     ) -> None:
         self.num_series = num_series
         self.volume_size = volume_size
+        self.prepare: Preparation = "crop"
+        self.read_scan: ScanReader | None = scan_series
         index = _index(file, is_train=is_train, lower_case=False)
         counts = [len(entry.series) for entry in file.entries]
         StudyDataset.__init__(self, index, files_per_study=counts, is_train=is_train, num_items=num_items, seed=seed)
@@ -121,7 +144,8 @@ class OwnChestScans(StudyDataset):
         for number in order:
             name, path = series[number]
             try:
-                volume = load_chest_volume(self.root / path, self.options, generator=generator)
+                hu = None if is_tensor_file(path) else chest_scan_hu(self.root / path)
+                volume = load_chest_volume(self.root / path, self.options, generator=generator, hu=hu)
             except BadSampleError as error:
                 messages.append(f"{self.index[row]['study']}: {error}")
                 self.skipped.add(row, number, messages[-1])
@@ -135,6 +159,8 @@ class OwnChestScans(StudyDataset):
         messages = []
         for path in self.index[row]["series"].values():
             try:
+                if not is_tensor_file(path) and (self.root / path).exists():
+                    return None
                 read_volume(self.root / path, memory_map=True)
             except BadSampleError as error:
                 messages.append(f"{self.index[row]['study']}: {error}")
@@ -187,6 +213,7 @@ class OwnStudyData(OwnData):
                 return OwnChestScans(file, options=chest, **common)
             return OwnBrainStudies(file, num_series=self.num_series, volume_size=size, **common)
 
+        on_main(lambda: _say_scans(train))
         dataset = studies(train, is_train=True)
         evaluators = []
         if val is not None:

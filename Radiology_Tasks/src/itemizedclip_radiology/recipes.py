@@ -4,6 +4,7 @@
     bash train_ct.sh         the same on head CT
     bash train_ctrate.sh     8 GPUs in the paper, 47 steps of 512 scans per epoch on 24,128 scans
     itemizedclip train mri_debug --data-root DIR --json-root DIR
+    itemizedclip train mr-rate --data-root DIR      the public MR-RATE, after `prepare studies --from mr-rate`
 
 `data/brain.py` and `data/chest.py` have the layout of the files.
 """
@@ -30,7 +31,9 @@ from itemizedclip.training.options import LoadingSettings, ModelSettings, Object
 from itemizedclip.training.recipes import Opening, TrainingData, train_door
 from itemizedclip.training.run import Evaluator
 from itemizedclip_radiology.benchmarks.chest_ct import CT_RATE_VALID_LABELS
+from itemizedclip_radiology.benchmarks.labelled_studies import BrainReader, LabelledStudies
 from itemizedclip_radiology.benchmarks.labelled_volumes import find_validation_labels, open_labelled
+from itemizedclip_radiology.benchmarks.mr_rate import open_mr_rate
 from itemizedclip_radiology.data.brain import NUM_SERIES, BrainStudies, find_study_files
 from itemizedclip_radiology.data.chest import (
     PUBLISHED_INPUT_INFO,
@@ -41,6 +44,7 @@ from itemizedclip_radiology.data.chest import (
     find_items_json,
 )
 from itemizedclip_radiology.data.reports import read_report_table
+from itemizedclip_radiology.data.studies import Preparation
 from itemizedclip_radiology.data.study_dataset import UsableStudies
 from itemizedclip_radiology.data.volumes import Size
 from itemizedclip_radiology.models.initial import InitialWeights, RadiologyRun, trunk_config, volume_transform
@@ -83,6 +87,9 @@ class StudyData:
     volume_size: Size | None = None
     """Voxels (slices rows columns) of a series, multiples of the model's patch; None: the model's own."""
 
+    prepare: Preparation = "crop"
+    """resample: files of any size become the model's, such as those of `prepare studies` for the debug sizes."""
+
     use_serienames: bool = True
     """Accepted for published commands; whether the model reads series names is part of its config."""
 
@@ -118,6 +125,7 @@ class StudyData:
                 seed=options.run.seed,
                 num_series=self.num_series,
                 volume_size=vision.volume_size,
+                prepare=self.prepare,
                 reports=reports,
                 on_bad_sample=loading.on_bad_sample,
             )
@@ -150,12 +158,13 @@ class StudyData:
             train_split.report_skipped("series of the training studies")
             valid_split.report_skipped("series of the validation studies")
 
+        how = {} if self.prepare == "crop" else {"prepare": self.prepare}
         return TrainingData(
             train_split,
             # Studies differ in their number of series.
             [opening.retrieval(UsableStudies(valid_split, rows), files.valid_json.stem, batch_size=1)],
             train_split.fingerprint,
-            transform=volume_transform(vision.volume_size, num_series=self.num_series),
+            transform=volume_transform(vision.volume_size, num_series=self.num_series, **how),
             at_end=report_skipped,
         )
 
@@ -234,6 +243,71 @@ def ct_debug() -> StudyRun:
     """Debug size: the head CT run with the smallest model on 16×64×64 voxels and 2 epochs, seconds on a CPU."""
     recipe = _debug_size(ct())
     return replace(recipe, data=replace(recipe.data, num_series=3))
+
+
+@dataclass(frozen=True)
+class MrRateData(StudyData):
+    """Where the studies of MR-RATE are, as `itemizedclip prepare studies --from mr-rate` writes them."""
+
+    labels: Path | None = None
+    """mrrate_labels.csv: after each epoch the findings of the validation studies are scored. None: retrieval alone."""
+
+    prompts: Path | None = None
+    """The data set's pathologies.json, whose texts are scored; default: texts of ours."""
+
+    def open(self, opening: Opening) -> TrainingData:
+        """As `StudyData`, with zero-shot evaluation of the validation studies where there are labels."""
+        data = super().open(opening)
+        if self.labels is None:
+            return data
+        labels, options = self.labels, opening.options
+        skips = options.loading.on_bad_sample == "skip"
+
+        def read() -> LabelledStudies:
+            root = find_study_files(self.data_root, self.json_root).data_root
+            return open_mr_rate(labels, root, split="valid", prompts=self.prompts, allow_missing=skips)
+
+        vision = trunk_config(opening.model)
+        reader = BrainReader(self.prepare)
+        names = bool(vision.series_names)
+        studies = replace(on_main(read), reader=reader, size=vision.volume_size, series_names=names)
+        evaluator = MultiLabelEvaluator(
+            studies,
+            opening.tokenizer,
+            studies.class_prompts,
+            studies.known_labels_NC,
+            name=studies.name,
+            scorings=(options.objective.scoring,),
+            encoding=opening.encoding(1),
+        )
+        return replace(data, evaluators=[*data.evaluators, evaluator])
+
+
+@dataclass(frozen=True)
+class MrRateRun(StudyRun):
+    """A training run on MR-RATE."""
+
+    data: MrRateData = field(default_factory=MrRateData)
+
+
+def mr_rate() -> MrRateRun:
+    """Public brain and spine MRI: as the recipe mri, on MR-RATE's 88,985 training studies (347 steps of 256)."""
+    recipe = mri()
+    return MrRateRun(
+        model=recipe.model,
+        objective=recipe.objective,
+        optimizer=recipe.optimizer,
+        loading=recipe.loading,
+        initial=recipe.initial,
+    )
+
+
+def mr_rate_debug() -> MrRateRun:
+    """Debug size: the MR-RATE run with the smallest model and 2 epochs, seconds on a CPU."""
+    recipe = _debug_size(mr_rate())
+    assert isinstance(recipe, MrRateRun)
+    # The files are of the published size, the model's is smaller.
+    return replace(recipe, data=replace(recipe.data, prepare="resample"))
 
 
 # --- chest CT ---------------------------------------------------------------------------------------------------------
@@ -394,7 +468,7 @@ def ctrate_debug() -> ChestRun:
 
 def main_studies(argv: Sequence[str] | None = None) -> TrainResult | None:
     """Entry point of open_mri_train/main.py."""
-    names = ("mri", "ct", "mri_debug", "ct_debug")
+    names = ("mri", "ct", "mr-rate", "mri_debug", "ct_debug", "mr-rate_debug")
     return train_door(names, argv, description="Train ItemizedCLIP on whole studies of brain MRI or head CT.")
 
 

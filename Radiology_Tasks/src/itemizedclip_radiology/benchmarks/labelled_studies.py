@@ -20,6 +20,7 @@ from itemizedclip.evaluation.results import Protocol
 from itemizedclip.runtime.errors import MissingFileError
 from itemizedclip_radiology.data.label_table import LabelTable
 from itemizedclip_radiology.data.studies import LoadedStudy, Preparation, Study, load_study
+from itemizedclip_radiology.data.unprepared import hint_for_folder
 from itemizedclip_radiology.data.volumes import BRAIN_SIZE, GreyRange, Size
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,8 @@ def assemble(
         shown = ", ".join(table.ids[row] for row in absent[:_MAX_LISTED]) + (", …" if len(absent) > _MAX_LISTED else "")
         message = f"{len(absent):,} of {len(table):,} studies of {table.source} are not in {looked_in}: {shown}"
         if not present:
-            raise MissingFileError(f"{message}. Give the folder that holds them (--data-dir)")
+            hint = hint_for_folder(looked_in, "mri|ct|chest-ct")
+            raise MissingFileError(f"{message}. Give the folder that holds them (--data-dir){hint}")
         if not allow_missing:
             raise MissingFileError(f"{message}. Add them, or score the others with --allow-missing")
         logger.warning("%s; they %s", message, _COUNTED_ZERO if missing_score_zero else "are left out")

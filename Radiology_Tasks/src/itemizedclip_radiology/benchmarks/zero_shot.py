@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -228,8 +228,21 @@ class StudyOptions(BenchmarkOptions):
         return studies
 
 
-def finding_measures(title: str, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str]) -> Measures:
+def finding_measures(
+    title: str,
+    scores_NC: np.ndarray,
+    labels_NC: np.ndarray,
+    classes: Sequence[str],
+    *,
+    groups: Sequence[str] | None = None,
+) -> Measures:
     """AUC of each finding and their mean; unrated studies do not count for a finding.
+
+    Args:
+        title: of the table.
+        scores_NC, labels_NC: of N studies and C findings.
+        classes: names of the findings.
+        groups: patient of each study: 95 % intervals of the AUCs are taken over them (`auc_intervals`).
 
     Raises:
         ValueError: no finding has studies with and without it.
@@ -242,12 +255,85 @@ def finding_measures(title: str, scores_NC: np.ndarray, labels_NC: np.ndarray, c
     metrics = {"mean_auc": float(np.mean(list(known.values()))), **{f"auc/{name}": auc for name, auc in known.items()}}
     table = Table(title=f"{title}: {len(scores_NC):,} studies", title_justify="left")
     table.add_column("finding")
-    for column in ("with it", "rated", "AUC"):
+    intervals = {} if groups is None else auc_intervals(scores_NC, labels_NC, classes, groups)
+    for column in ("with it", "rated", "AUC", *(["95 %"] if intervals else [])):
         table.add_column(column, justify="right", no_wrap=True)
     for c, name in enumerate(classes):
         shown = format_measure("auc", known[name]) if name in known else "undefined"
         positive, rated = int((labels_NC[:, c] == 1).sum()), int((labels_NC[:, c] >= 0).sum())
-        table.add_row(name, f"{positive:,}", f"{rated:,}", shown)
+        table.add_row(name, f"{positive:,}", f"{rated:,}", shown, *([_interval(intervals, name)] if intervals else []))
     table.add_section()
-    table.add_row("mean", "", "", format_measure("auc", metrics["mean_auc"]))
-    return Measures(metrics, {"undefined_classes": [name for name in classes if name not in known]}, table)
+    mean = format_measure("auc", metrics["mean_auc"])
+    table.add_row("mean", "", "", mean, *([_interval(intervals, MEAN)] if intervals else []))
+    facts: dict[str, Any] = {"undefined_classes": [name for name in classes if name not in known]}
+    if intervals:
+        facts["auc_intervals_95"] = {name: list(limits) for name, limits in intervals.items()}
+    return Measures(metrics, facts, table)
+
+
+MEAN = "mean"
+"""Key of the mean over findings among intervals."""
+
+
+def _interval(intervals: Mapping[str, tuple[float, float]], name: str) -> str:
+    if name not in intervals:
+        return ""
+    low, high = (format_measure("auc", limit) for limit in intervals[name])
+    return f"{low} … {high}"
+
+
+def auc_intervals(
+    scores_NC: np.ndarray,
+    labels_NC: np.ndarray,
+    classes: Sequence[str],
+    groups: Sequence[str],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Limits of 95 % bootstrap intervals (percentiles) of the AUC of each finding and of their `MEAN`.
+
+    Patients are drawn with replacement, with all their studies, since studies of one patient are alike. Findings
+    without an AUC have none; a resample in which one finding has no AUC counts without it.
+
+    Args:
+        scores_NC, labels_NC: as in `finding_measures`.
+        classes: C names.
+        groups: N patients.
+        resamples: draws.
+        seed: of the draws.
+    """
+    names, group_N = np.unique(np.asarray(groups), return_inverse=True)
+    generator = np.random.default_rng(seed)
+    drawn_RG = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+    aucs_CR = np.full((len(classes), resamples), np.nan)
+    for c in range(len(classes)):
+        rated = np.flatnonzero(labels_NC[:, c] >= 0)
+        order = rated[np.argsort(scores_NC[rated, c], kind="stable")]
+        positive = labels_NC[order, c] == 1
+        if positive.all() or not positive.any():
+            continue
+        scores = scores_NC[order, c]
+        # Studies of one score share a step of the curve.
+        steps = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])
+        for r in range(resamples):
+            weights = drawn_RG[r, group_N[order]].astype(np.float64)
+            with_it = np.add.reduceat(np.where(positive, weights, 0.0), steps)
+            without = np.add.reduceat(np.where(positive, 0.0, weights), steps)
+            pairs = with_it.sum() * without.sum()
+            if pairs:
+                aucs_CR[c, r] = (with_it * (without.cumsum() - without / 2)).sum() / pairs
+    limits = {}
+    usable = ~np.isnan(aucs_CR).all(1)
+    for c, name in enumerate(classes):
+        if usable[c]:
+            limits[name] = _percentiles(aucs_CR[c])
+    if usable.any():
+        known = aucs_CR[:, ~np.isnan(aucs_CR).all(0)]
+        limits[MEAN] = _percentiles(np.nanmean(known, axis=0))
+    return limits
+
+
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.nanpercentile(values, (2.5, 97.5))
+    return float(low), float(high)

@@ -23,8 +23,9 @@ import numpy as np
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip_radiology.data.reports import StudyIndex, check_names, report_items
-from itemizedclip_radiology.data.studies import LoadedStudy, SeriesFile, load_study
+from itemizedclip_radiology.data.studies import LoadedStudy, Preparation, ScanReader, SeriesFile, load_study
 from itemizedclip_radiology.data.study_dataset import StudyDataset
+from itemizedclip_radiology.data.unprepared import hint_for_folder
 from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size, crop_series, read_volume
 
 NUM_SERIES = 10
@@ -74,7 +75,10 @@ def find_study_files(
     train_json = json_folder / "train.json"
     valid_jsons = [path for path in (json_folder / "valid.json", json_folder / "val.json") if path.is_file()]
     if not train_json.is_file():
-        raise MissingFileError(f"{train_json}: no such file; expected the index of the training studies (--json-root)")
+        hint = hint_for_folder(data_folder, "ct" if is_ct else "mri")
+        raise MissingFileError(
+            f"{train_json}: no such file; expected the index of the training studies (--json-root){hint}"
+        )
     if not valid_jsons:
         raise MissingFileError(f"{json_folder}: neither valid.json nor val.json; expected the validation studies")
     if len(valid_jsons) == 2 and not is_ct:
@@ -104,6 +108,7 @@ def find_study_folder(data_root: Path, split: str, studies: Sequence[str]) -> Pa
     raise MissingFileError(
         f"none of {len(studies)} studies of {split}.json ({studies[0]}, …) is a folder in "
         f"{' or '.join(map(str, candidates))}; give the folder that holds STUDY/SERIES/{VOLUME_FILE}"
+        f"{hint_for_folder(data_root, 'mri')}"
     )
 
 
@@ -142,6 +147,7 @@ class BrainStudies(StudyDataset):
         seed: int,
         num_series: int = NUM_SERIES,
         volume_size: Size = BRAIN_SIZE,
+        prepare: Preparation = "crop",
         reports: Mapping[str, Sequence[str]] | None = None,
         on_bad_sample: Literal["skip", "stop"] = "stop",
     ) -> None:
@@ -155,6 +161,7 @@ class BrainStudies(StudyDataset):
             seed: seed of all random choices.
             num_series: series slots.
             volume_size: voxels (D, H, W) of every series, multiples of the model's patch.
+            prepare: "resample" for files of another size than that.
             reports: study → items, used instead of the report in the JSON (see `read_report_table`).
             on_bad_sample: what to do about JSON entries that cannot be used: "stop" raises, "skip" leaves them out.
 
@@ -167,6 +174,8 @@ class BrainStudies(StudyDataset):
             raise UserError(f"num_series must be at least 1, got {num_series}")
         self.num_series = num_series
         self.volume_size = volume_size
+        self.prepare = prepare
+        self.read_scan: ScanReader | None = None
         check = _EntryCheck(reports or {})
         index = StudyIndex(json_path, check, on_bad_sample=on_bad_sample)
         super().__init__(index, files_per_study=check.series_counts, is_train=is_train, num_items=num_items, seed=seed)
@@ -190,7 +199,12 @@ class BrainStudies(StudyDataset):
         study, files = self.index[row]["study"], self.files(row)
         if generator is None:
             loaded = load_study(
-                study, files, size=self.volume_size, arrange=lambda num: repeat_to_at_least(self.num_series, num)
+                study,
+                files,
+                size=self.volume_size,
+                arrange=lambda num: repeat_to_at_least(self.num_series, num),
+                prepare=self.prepare,
+                read_scan=self.read_scan,
             )
         else:
             crop_at = (float(generator.random()), float(generator.random()))
@@ -201,6 +215,8 @@ class BrainStudies(StudyDataset):
                 arrange=lambda num: repeat_to_exactly(self.num_series, num),
                 max_series=self.num_series,
                 crop_at=crop_at,
+                prepare=self.prepare,
+                read_scan=self.read_scan,
             )
         for file, message in loaded.skipped:
             self.skipped.add(row, files.index(file), message)
@@ -210,8 +226,12 @@ class BrainStudies(StudyDataset):
         """See `StudyDataset`."""
         messages = []
         for file in self.files(row):
+            if self.read_scan is not None and file.path.suffix != ".pt" and file.path.exists():
+                return None
             try:
-                crop_series(read_volume(file.path, memory_map=True), self.volume_size, source=file.path)
+                volume = read_volume(file.path, memory_map=True)
+                if self.prepare == "crop":
+                    crop_series(volume, self.volume_size, source=file.path)
             except BadSampleError as error:
                 messages.append(f"study {self.index[row]['study']}, series {file.name}: {error}")
                 continue
@@ -232,7 +252,7 @@ class BrainStudies(StudyDataset):
             BadSampleError: the first study cannot be used.
         """
         study = self.index[0]["study"]
-        loaded = load_study(study, self.files(0), size=self.volume_size)
+        loaded = load_study(study, self.files(0), size=self.volume_size, prepare=self.prepare)
         ranges = " and ".join(sorted(set(loaded.grey_ranges)))
         return (
             f"{len(self):,} studies of {self.index.path} in {self.study_folder}; the first, {study}, has "

@@ -27,6 +27,7 @@ from itemizedclip_radiology.data.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, i
 from itemizedclip_radiology.data.reports import StudyIndex, report_items
 from itemizedclip_radiology.data.studies import LoadedStudy, Study
 from itemizedclip_radiology.data.study_dataset import StudyDataset
+from itemizedclip_radiology.data.unprepared import OWN_NAMES_IN_CT_RATE, hint_for_folder
 from itemizedclip_radiology.data.volume_cache import CacheType, VolumeCache
 from itemizedclip_radiology.data.volumes import (
     CHEST_SIZE,
@@ -187,6 +188,7 @@ def load_chest_volume(
     generator: np.random.Generator | None = None,
     cache: VolumeCache | None = None,
     cache_name: Path | None = None,
+    hu: Tensor | None = None,
 ) -> ChestVolume:
     """Read, window, fit and normalise one volume.
 
@@ -196,6 +198,7 @@ def load_chest_volume(
         generator: draws the position of the padded crop (training); None centres it.
         cache: read the windowed volume from here, building it at first use.
         cache_name: its place in the cache, such as train/train_1/train_1_a/train_1_a_1.pt; default the file's name.
+        hu: the whole volume, where the path is no `.pt` file.
 
     Raises:
         BadSampleError: the file cannot be used, see `read_volume` and `excess_rescale_hu`.
@@ -213,16 +216,19 @@ def load_chest_volume(
             start = chest_start(cached.shape, options.size, generator)
             windowed, voxel_map = cached.read_box(start, options.size), VoxelMap.of_box(start)
     elif options.fit == "resize":
-        windowed, voxel_map = resize_chest(options.window.apply(read_hu(path, options)), options.size)
+        whole = read_hu(path, options) if hu is None else hu + double_rescale_hu(hu, path, options)
+        windowed, voxel_map = resize_chest(options.window.apply(whole), options.size)
     else:
-        windowed, voxel_map = _windowed_crop(path, options, generator)
+        windowed, voxel_map = _windowed_crop(path, options, generator, hu)
     image = windowed.sub_(GREY_MEAN).div_(GREY_STD)
     return ChestVolume(image[None, None], voxel_map)
 
 
-def _windowed_crop(path: Path, options: ChestInput, generator: np.random.Generator | None) -> tuple[Tensor, VoxelMap]:
+def _windowed_crop(
+    path: Path, options: ChestInput, generator: np.random.Generator | None, hu: Tensor | None
+) -> tuple[Tensor, VoxelMap]:
     """Pad and crop, reading and windowing only what the crop needs."""
-    volume = read_volume(path, memory_map=True)
+    volume = read_volume(path, memory_map=True) if hu is None else hu
     start = chest_start(volume.shape, options.size, generator)
     # The lower end of the window is what padding means: 0 after windowing.
     fill = options.window.hu_min
@@ -295,7 +301,10 @@ def find_ct_rate_root(data_root: str | Path | None = None) -> Path:
     if not root.is_dir():
         raise MissingFileError(f"{root}: no such folder (--data-root, DATA_ROOT)")
     if not any((root / split).is_dir() for split in ("train", "valid")):
-        raise MissingFileError(f"{root}: holds neither train/ nor valid/; give CT-RATE's folder of .pt volumes")
+        raise MissingFileError(
+            f"{root}: holds neither train/ nor valid/; give CT-RATE's folder of .pt volumes"
+            f"{hint_for_folder(root, 'chest-ct')}"
+        )
     return root
 
 
@@ -415,7 +424,7 @@ class ChestScans(StudyDataset):
 def _check_scan(scan: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Reconstructions (without the excluded ones) and lower-cased items of one scan."""
     if not is_scan_name(scan):
-        raise UserError(f"key {scan!r}; expected a scan name such as train_12_b")
+        raise UserError(f"key {scan!r}; expected a scan name such as train_12_b: {OWN_NAMES_IN_CT_RATE}")
     recons = entry.get("recons")
     if not isinstance(recons, list) or not all(isinstance(name, str) for name in recons):
         found = "nothing" if recons is None else repr(recons)[:60]

@@ -303,10 +303,15 @@ def _words(value: Any) -> list[str]:
 # --- series and their volumes ----------------------------------------------------------------------------------------
 
 
-def find_dicom_series(source: Path) -> list[DicomSeries]:
+def find_dicom_series(source: Path, *, nested: bool = True, files: Sequence[Path] = ()) -> list[DicomSeries]:
     """All volumes below a folder, by series number; of a file, those of the series it belongs to.
 
     Files that are no DICOM images are passed over.
+
+    Args:
+        source: folder or file.
+        nested: also those of the folders in the folder.
+        files: only these of its files; none: all.
     """
     wanted: str | None = None
     folder = source
@@ -316,7 +321,7 @@ def find_dicom_series(source: Path) -> list[DicomSeries]:
             return []
         wanted, folder = own[0].uid, source.parent
     by_uid: dict[str, list[DicomSlice]] = {}
-    for path in sorted(folder.rglob("*") if wanted is None else folder.iterdir()):
+    for path in sorted(files or (folder.rglob("*") if wanted is None and nested else folder.iterdir())):
         if path.name.startswith(".") or path.suffix.lower() in _NO_DICOM or not path.is_file():
             continue
         for found in _read_slices(path):

@@ -8,7 +8,6 @@ Axes: N rows (studies or volumes), C classes.
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from itemizedclip.data.items import check_id
 from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.files import open_csv, written_whole
+from itemizedclip.runtime.files import column_key, open_table, written_whole
 
 _VALUES = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "-1": -1, "-1.0": -1}
 
@@ -64,11 +63,6 @@ def same_id(text: str) -> str:
     return text.strip()
 
 
-def column_key(name: str) -> str:
-    """What two spellings of a column name have in common: lower-case letters and digits."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
 def read_label_csv(
     path: str | Path,
     *,
@@ -92,17 +86,12 @@ def read_label_csv(
             row; names file, line and column.
     """
     path = Path(path)
-    with open_csv(path, holding=f"the columns {id_columns[0]}, …") as rows:
-        header = next(rows, [])
-        id_at = _find_column(path, header, id_columns)
-        class_at = {name: _find_column(path, header, [column]) for name, column in class_columns.items()}
+    with open_table(path, holding=f"the columns {id_columns[0]}, …") as table:
+        header = table.header
+        id_at = table.place(*id_columns)
+        class_at = {name: table.place(column) for name, column in class_columns.items()}
         labels: dict[str, tuple[int, ...]] = {}
-        for row in rows:
-            if not row:
-                continue
-            where = f"{path}: line {rows.line}"
-            if len(row) != len(header):
-                raise UserError(f"{where}: {len(row)} values for {len(header)} columns; expected one per column")
+        for where, row in table.rows():
             given = check_id(row[id_at], where)
             try:
                 name = normalise_id(given)
@@ -122,27 +111,15 @@ def header_of(path: str | Path) -> list[str]:
     """Column names of a CSV.
 
     Raises:
-        FileNotFoundError, ValueError: see `itemizedclip.runtime.files.open_csv`.
+        FileNotFoundError, ValueError: see `itemizedclip.runtime.files.open_table`.
     """
-    with open_csv(path, holding="labels") as rows:
-        return next(rows, [])
+    with open_table(path, holding="labels") as table:
+        return table.header
 
 
 def has_column(header: Sequence[str], name: str) -> bool:
     """Whether a header has a column of that name, however spelt."""
     return column_key(name) in map(column_key, header)
-
-
-def _find_column(path: Path, header: Sequence[str], names: Sequence[str]) -> int:
-    keys = [column_key(column) for column in header]
-    for name in names:
-        found = [at for at, key in enumerate(keys) if key == column_key(name)]
-        if len(found) > 1:
-            raise UserError(f"{path}: {len(found)} columns are called {name!r}; keep one")
-        if found:
-            return found[0]
-    shown = ", ".join(header[:24]) + (", …" if len(header) > 24 else "")
-    raise UserError(f"{path}: no column {' or '.join(map(repr, names))}; found {shown or 'an empty file'}")
 
 
 def _value(where: str, column: str, text: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,9 @@ from itemizedclip_radiology.data.volumes import (
 from itemizedclip_radiology.models.series_names import encode_series_names
 
 logger = logging.getLogger(__name__)
+
+ScanReader = Callable[[Path, Size], list[tuple[str, Tensor]]]
+"""NIfTI file, or file or folder of a DICOM series → (what tells it from its other series, grey values 0…255)."""
 
 Preparation = Literal["crop", "resample"]
 """How a file becomes a volume of the model's size: `crop_series`, or `resample_brain` for files of any size."""
@@ -92,6 +95,7 @@ def load_study(
     crop_at: tuple[float, float] | None = None,
     prepare: Preparation = "crop",
     grey_range: GreyRange | None = None,
+    read_scan: ScanReader | None = None,
 ) -> LoadedStudy:
     """Read, check and stack the series of a study; those that cannot be used are skipped with a message.
 
@@ -104,6 +108,7 @@ def load_study(
         crop_at: position of the in-plane crop, see `crop_series`; the same for every series, so that they stay aligned.
         prepare: "crop", or "resample" for files of any size.
         grey_range: range of all files; None detects it per file.
+        read_scan: reads what is no `.pt` file; one file may give several series (the windows of a head CT).
 
     Raises:
         BadSampleError: no series can be used.
@@ -114,6 +119,11 @@ def load_study(
         if max_series is not None and len(usable) == max_series:
             break
         try:
+            if read_scan is not None and entry.path.suffix != ".pt":
+                for part, grey in read_scan(entry.path, size):
+                    one = replace(entry, name=f"{entry.name}_{part}" if part else entry.name)
+                    usable.append((one, grey, VoxelMap.of_box((0, 0, 0)), "0-255"))
+                continue
             volume = read_volume(entry.path, allow_channels=prepare == "resample")
             found = grey_range or detect_grey_range(volume, source=entry.path)
             if prepare == "resample":

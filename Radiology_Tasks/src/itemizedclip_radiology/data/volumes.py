@@ -23,6 +23,7 @@ from torch import Tensor
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.models.archive import is_archive
 from itemizedclip.runtime.errors import UserError
+from itemizedclip_radiology.data.unprepared import hint_for_grey_values, hint_for_missing, hint_for_size
 
 Size = tuple[int, int, int]
 """Voxels (D, H, W)."""
@@ -119,7 +120,7 @@ def read_volume(path: str | Path, *, memory_map: bool = False, allow_channels: b
 def _load_tensor(path: Path, memory_map: bool) -> Tensor:
     expected = "expected one tensor, written by torch.save(tensor, path)"
     if not path.is_file():
-        raise BadSampleError(f"{path}: no such file; {expected}")
+        raise BadSampleError(f"{path}: no such file; {expected}{hint_for_missing(path)}")
     is_torch = False
     try:
         is_torch = is_archive(path)
@@ -203,7 +204,7 @@ def detect_grey_range(volume: Tensor, *, source: str | Path) -> GreyRange:
     if volume.dtype == torch.uint8:
         return "0-255"
     low, high = (float(value) for value in volume.aminmax())
-    remedy = "save uint8 grey values 0…255 (clip and scale the scan first)"
+    remedy = hint_for_grey_values(low, high)
     if low < -1e-3 or high > 255.5:
         raise BadSampleError(
             f"{source}: {volume.dtype} values from {low:g} to {high:g}; expected 0…255 or 0…1: {remedy}"
@@ -296,7 +297,7 @@ def crop_series(
     if d != D or not (h <= H <= padded_in_plane(h) and w <= W <= padded_in_plane(w)):
         raise BadSampleError(
             f"{source}: volume of {D}×{H}×{W} voxels; expected {d}×{h}×{w} or {d}×{padded_in_plane(h)}×"
-            f"{padded_in_plane(w)} (slices × rows × columns): resample the scan"
+            f"{padded_in_plane(w)} (slices × rows × columns): {hint_for_size((D, H, W))}"
         )
     if at is None:
         start = (0, centre_start(H, h), centre_start(W, w))

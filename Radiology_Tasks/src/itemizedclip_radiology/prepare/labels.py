@@ -29,7 +29,7 @@ import pandas as pd
 import tyro
 
 from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
-from itemizedclip.runtime.files import open_csv, written_whole
+from itemizedclip.runtime.files import column_key, open_csv, written_whole
 from itemizedclip.runtime.flags import at_least, loader_processes, read_flags
 from itemizedclip.runtime.logs import shown
 from itemizedclip_radiology.benchmarks.chest_ct import (
@@ -42,7 +42,7 @@ from itemizedclip_radiology.benchmarks.chest_ct import (
 )
 from itemizedclip_radiology.benchmarks.head_ct import CQ500_COLUMNS, CQ500_POSITIVES, RSNA_COLUMNS, cq500_id
 from itemizedclip_radiology.data.ct_rate_tree import parse_volume_name
-from itemizedclip_radiology.data.label_table import LabelTable, column_key, count_differences, write_label_csv
+from itemizedclip_radiology.data.label_table import LabelTable, count_differences, write_label_csv
 
 # --- RSNA ------------------------------------------------------------------------------------------------------------
 
@@ -142,6 +142,12 @@ def list_rsna_images(dicom_dir: Path, *, workers: int | None = None) -> list[tup
             f"{bad[0]}; download or remove them"
         )
     return [row for row in rows if row is not None]
+
+
+def write_image_table(path: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """Write (image id, study id) as `build_rsna` and `prepare studies --from rsna` read them."""
+    with written_whole(path, text=True) as file:
+        csv.writer(file, lineterminator="\n").writerows([("ImageID", "StudyInstanceUID"), *rows])
 
 
 def _dicom_ids(path: str) -> tuple[str, str] | None:
@@ -338,8 +344,7 @@ class RsnaImages:
     def run(self) -> Iterator[str]:
         at_least(self, workers=1)
         rows = list_rsna_images(self.dicom_dir, workers=self.workers)
-        with written_whole(self.output, text=True) as file:
-            csv.writer(file, lineterminator="\n").writerows([("ImageID", "StudyInstanceUID"), *rows])
+        write_image_table(self.output, rows)
         yield f"{self.output}: {len(rows):,} images of {len({study for _, study in rows}):,} studies"
 
 

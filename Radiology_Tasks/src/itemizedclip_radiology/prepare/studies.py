@@ -25,10 +25,10 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -40,33 +40,39 @@ from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.images import decode_photograph
+from itemizedclip.data.report_files import read_reports
 from itemizedclip.runtime.errors import MissingFileError, UserError, reported_errors
-from itemizedclip.runtime.files import check_writable, open_csv, read_json, replacing, write_json, written_whole
+from itemizedclip.runtime.files import check_writable, read_json, replacing, write_json, written_whole
 from itemizedclip.runtime.flags import at_least, check, loader_processes, read_flags
 from itemizedclip.runtime.jobs import run_jobs
 from itemizedclip.runtime.logs import literal, logging_to_console, progress_bar, standard_error
 from itemizedclip.viewer.geometry import Geometry
 from itemizedclip.viewer.inputs import SeriesChoice
-from itemizedclip_radiology.data.archives import is_archive, unpacked_archive
+from itemizedclip_radiology.data.archives import unpacked_archive
 from itemizedclip_radiology.data.dicom import DicomSeries, find_dicom_series, read_dicom
 from itemizedclip_radiology.data.nifti import is_nifti, nifti_stem, read_nifti
+from itemizedclip_radiology.data.reports import numbered_items
 from itemizedclip_radiology.data.scans import (
     Body,
-    OrientedScan,
     Scan,
     check_field_of_view,
     looks_like_hu,
-    orient,
     straightened,
 )
 from itemizedclip_radiology.data.volumes import (
     BRAIN_SIZE,
-    GREY_MEAN,
-    GREY_STD,
     excess_rescale_hu,
 )
 from itemizedclip_radiology.prepare.pseudonyms import Pseudonyms, open_key, without_identities
-from itemizedclip_radiology.viewing.inputs import CHEST_CODES, at_chest_spacing, brain_series
+from itemizedclip_radiology.prepare.public import PUBLIC_LAYOUTS
+from itemizedclip_radiology.prepare.sources import Entry, Recipe, find_entries
+from itemizedclip_radiology.viewing.inputs import (
+    HEAD_WINDOWS_HU,
+    at_chest_spacing,
+    brain_series,
+    grey_values,
+    oriented_chest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +82,6 @@ DESCRIPTION = (
     "out, and a contact sheet (docs/prepare-studies.md)."
 )
 
-Recipe = Literal["mri", "ct", "chest-ct"]
-
 VERSION = 1
 """Of what is written for a source; entries prepared by another version are prepared again."""
 
@@ -85,6 +89,9 @@ STATE = ".prepare"
 _THUMBNAIL_PX = 112
 _SHEET_COLUMNS, _SHEET_MOST = 8, 160
 _MOST_SHOWN = 12
+_WINDOWED = re.compile(rf"(?P<series>.+)_(AX|COR|SAG)_(?P<window>{'|'.join(HEAD_WINDOWS_HU)})")
+_PUBLIC_KEY = b"public data sets"
+"""What names the entries of public data sets in the state folder; no name of theirs is made from it."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -98,8 +105,15 @@ class PrepareStudiesOptions:
     to: Path
     """Folder for the results."""
 
-    recipe: Recipe
-    """What they are for: mri, ct (head) or chest-ct."""
+    recipe: Recipe | None = None
+    """What they are for: mri, ct (head) or chest-ct; a public data set knows."""
+
+    layout: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """A public data set as it is downloaded: mr-rate, ct-rate, rad-chestct, rsna, cq500 or brats."""
+
+    items: Path | None = None
+    """Items for the index files, by study, or by name of a folder or file of the source: what `prepare items` writes
+    (items.json, reports.csv), or MR-RATE's sentences (.jsonl)."""
 
     valid_share: float = 0.05
     """Share of the patients whose studies become validation studies, drawn by the key."""
@@ -130,6 +144,14 @@ class PrepareStudiesOptions:
 
     def __post_init__(self) -> None:
         at_least(self, workers=1, time_limit=0)
+        if self.layout is not None:
+            known = PUBLIC_LAYOUTS.get(self.layout)
+            check(known is not None, f"--from is {self.layout!r}; expected {', '.join(PUBLIC_LAYOUTS)}")
+            assert known is not None
+            fits = self.recipe in (None, known.recipe)
+            check(fits, f"--recipe is {self.recipe}; --from {self.layout} is for {known.recipe}: leave --recipe out")
+            object.__setattr__(self, "recipe", known.recipe)
+        check(self.recipe is not None, "give --recipe mri, ct or chest-ct, or --from with a public data set")
         check(0 <= self.valid_share < 1, f"--valid-share is {self.valid_share}; expected a share in [0, 1)")
         found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)
         check(
@@ -139,66 +161,6 @@ class PrepareStudiesOptions:
         if self.names_table is not None:
             inside = self.names_table.expanduser().resolve().is_relative_to(self.to.expanduser().resolve())
             check(not inside, f"--names-table {self.names_table} lies in --to, which is shared; give another place")
-
-
-# --- what there is to do ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One thing of the source.
-
-    Attributes:
-        path: folder, archive or file.
-        patient: whose it is, "" when only its files tell.
-        split: train or valid, "" when it is drawn.
-    """
-
-    path: Path
-    patient: str = ""
-    split: str = ""
-
-
-def find_entries(source: Path) -> list[Entry]:
-    """The entries of a source, by name.
-
-    Raises:
-        MissingFileError: no such file or folder, or nothing in it.
-        UserError: a CSV without a column path, or with another split than train and valid.
-    """
-    source = source.expanduser()
-    if source.is_file() and source.suffix.lower() == ".csv":
-        return _listed_entries(source)
-    if source.is_file():
-        return [Entry(source)]
-    if not source.is_dir():
-        raise MissingFileError(f"{source}: no such file or folder; expected studies, or a CSV with a column path")
-    inside = sorted(path for path in source.iterdir() if not path.name.startswith("."))
-    if not inside:
-        raise MissingFileError(f"{source}: is empty; expected folders of studies, .zip, .tar or NIfTI files")
-    whole = [path for path in inside if path.is_dir() or is_archive(path) or is_nifti(path)]
-    # DICOM files that lie in the folder itself are one study, or several that are told apart by their headers.
-    return [Entry(path) for path in whole] if whole else [Entry(source)]
-
-
-def _listed_entries(table: Path) -> list[Entry]:
-    with open_csv(table, holding="the columns path, patient, split") as rows:
-        header = [name.strip().lower() for name in next(rows, [])]
-        if "path" not in header:
-            raise UserError(f"{table}: line 1: has the columns {', '.join(header) or 'none'}; expected a column path")
-        entries = []
-        for row in rows:
-            if not any(cell.strip() for cell in row):
-                continue
-            values = dict(zip(header, (cell.strip() for cell in row)))
-            split = {"val": "valid", "validation": "valid"}.get(values.get("split", ""), values.get("split", ""))
-            if split not in ("", "train", "valid"):
-                raise UserError(f"{table}: line {rows.line}: split is {split!r}; expected train or valid")
-            path = Path(values["path"]).expanduser()
-            entries.append(Entry(path if path.is_absolute() else table.parent / path, values.get("patient", ""), split))
-    if not entries:
-        raise UserError(f"{table}: has no row; expected a path in each")
-    return entries
 
 
 # --- one entry -------------------------------------------------------------------------------------------------------
@@ -215,6 +177,7 @@ class SeriesRecord:
         reason: why it was left out.
         notes: what must be known of it.
         thumbnail: of its middle slice, below the state folder.
+        patient: pseudonym, or name in a public data set.
     """
 
     study: str
@@ -224,6 +187,7 @@ class SeriesRecord:
     reason: str = ""
     notes: list[str] = field(default_factory=list)
     thumbnail: str = ""
+    patient: str = ""
 
 
 @dataclass(frozen=True)
@@ -248,6 +212,9 @@ def prepare_entry(task: Task) -> None:
             for study in _studies(task, opened):
                 records += _Preparation(task, names, study).run()
         if not records:
+            if task.entry.loose:  # tables and notes beside the studies
+                write_record(task, [])
+                return
             records = [_nothing(task, names, "holds no DICOM or NIfTI scan")]
     except BadSampleError as error:
         records = [_nothing(task, names, str(error))]
@@ -257,7 +224,7 @@ def prepare_entry(task: Task) -> None:
 
 
 def _nothing(task: Task, names: Pseudonyms, reason: str) -> SeriesRecord:
-    study = names.name("study", str(task.entry.path))
+    study = task.entry.study or names.name("study", str(task.entry.path))
     return SeriesRecord(study, "", "", reason=_anonymous(reason, task.entry.path, study, ()))
 
 
@@ -275,32 +242,37 @@ class _FoundStudy:
     identity: str
     patient: str
     dicom: list[DicomSeries] = field(default_factory=list)
-    nifti: list[Path] = field(default_factory=list)
+    nifti: list[tuple[str, Path]] = field(default_factory=list)
 
     @property
     def personal(self) -> set[str]:
         """What tells whose it is."""
         found = {word for one in self.dicom for part in one.slices for word in part.personal}
-        return found | {stem for path in self.nifti for stem in (nifti_stem(path), path.parent.name)}
+        return found | {stem for _, path in self.nifti for stem in (nifti_stem(path), path.parent.name)}
 
 
 def _studies(task: Task, opened: Path) -> list[_FoundStudy]:
     """The studies of an entry, DICOM by StudyInstanceUID; NIfTI files of one folder are one study."""
     entry = task.entry
+    if entry.layout:
+        named = PUBLIC_LAYOUTS[entry.layout].series(entry, opened)
+        if named is not None:
+            return [_FoundStudy(entry.study, entry.patient, nifti=named)]
+        return [_FoundStudy(entry.study, entry.patient, dicom=find_dicom_series(opened, files=entry.files))]
     if opened.is_file() and is_nifti(opened):
-        return [_FoundStudy(str(entry.path), entry.patient or str(entry.path), nifti=[opened])]
+        return [_FoundStudy(str(entry.path), entry.patient or str(entry.path), nifti=[("", opened)])]
     found: list[_FoundStudy] = []
     by_uid: dict[str, list[DicomSeries]] = {}
-    for one in find_dicom_series(opened):
+    for one in find_dicom_series(opened, nested=not entry.loose):
         by_uid.setdefault(one.slices[0].study, []).append(one)
     for uid, series in by_uid.items():
         patient = entry.patient or series[0].slices[0].patient or uid
         found.append(_FoundStudy(uid or str(entry.path), patient, dicom=series))
-    if opened.is_dir():
-        by_folder: dict[Path, list[Path]] = {}
+    if opened.is_dir() and not entry.loose:
+        by_folder: dict[Path, list[tuple[str, Path]]] = {}
         for path in sorted(opened.rglob("*")):
             if is_nifti(path) and not path.name.startswith("."):
-                by_folder.setdefault(path.parent, []).append(path)
+                by_folder.setdefault(path.parent, []).append(("", path))
         for folder, files in by_folder.items():
             identity = f"{entry.path}/{folder.relative_to(opened)}"
             found.append(_FoundStudy(identity, entry.patient or str(entry.path), nifti=files))
@@ -313,11 +285,13 @@ class _Preparation:
     def __init__(self, task: Task, names: Pseudonyms, study: _FoundStudy) -> None:
         self.task = task
         self.found = study
-        self.patient = names.name("patient", study.patient)
-        self.study = names.name("study", study.identity)
+        self.layout = PUBLIC_LAYOUTS.get(task.entry.layout)
+        self.patient = study.patient if self.layout else names.name("patient", study.patient)
+        self.study = study.identity if self.layout else names.name("study", study.identity)
         drawn = "valid" if names.share("split", study.patient) < task.valid_share else "train"
         self.split = task.entry.split or drawn
-        self.personal = study.personal
+        # Names of public data sets are known to all, and their headers were emptied by who published them.
+        self.personal = set() if self.layout else study.personal
         self.patient_number = names.number("patient", study.patient)
         letters = names.number("study", study.identity)
         self.scan_letters = "".join(_LETTERS[letters // 26**n % 26] for n in range(6))
@@ -328,6 +302,8 @@ class _Preparation:
         """Prepare every series."""
         for one in self.found.dicom:
             label = one.description or f"series {one.number}"
+            if self.layout and one.files[0].parent != self.task.entry.path:
+                label = one.files[0].parent.name  # the name that the data set's tables know it by
             if one.reason:
                 self._leave_out(label, one.reason)
             elif any(part.burned_in for part in one.slices):
@@ -335,17 +311,22 @@ class _Preparation:
             elif not self.task.choice.takes(one.description, str(one.number)):
                 self._leave_out(label, "not asked for (--series, --exclude-series)")
             else:
-                self._prepare(label, lambda one=one: [read_dicom(one, fill=self.task.choice.fill_nan)])
-        for number, path in enumerate(self.found.nifti, start=1):
+                name = label if self.layout else None
+                self._prepare(label, lambda one=one: [read_dicom(one, fill=self.task.choice.fill_nan)], name)
+        for number, (named, path) in enumerate(self.found.nifti, start=1):
             # File names of archives are patients' names as often as not; what kind of series it is may stand there.
-            label = self._clean(self._nifti_label(path)) or f"series{number}"
+            label = named or self._clean(self._nifti_label(path)) or f"series{number}"
             if re.search(r"(?i)(seg|mask)", path.name):
                 self._leave_out(label, "its name says segmentation")
             elif not self.task.choice.takes(path.name):
                 self._leave_out(label, "not asked for (--series, --exclude-series)")
             else:
-                self._prepare(label, lambda path=path: read_nifti(path, fill=self.task.choice.fill_nan), label)
+                self._prepare(label, lambda path=path: self._read(path), label)
         return self.records
+
+    def _read(self, path: Path) -> list[Scan]:
+        fill = self.task.choice.fill_nan
+        return self.layout.read(self.task.entry, path, fill=fill) if self.layout else read_nifti(path, fill=fill)
 
     def _nifti_label(self, path: Path) -> str:
         """The words of a file's name that are kinds of series, such as t1_post; identities are not among them."""
@@ -361,16 +342,22 @@ class _Preparation:
         return re.sub(r"[^A-Za-z0-9.+*()-]+", "_", text).strip("_")
 
     def _anonymous(self, text: str) -> str:
+        if self.layout:
+            return text.replace(f"{self.task.entry.path}/", "")
         return _anonymous(text, self.task.entry.path, self.study, self.personal)
 
     def _leave_out(self, label: str, reason: str) -> None:
-        self.records.append(SeriesRecord(self.study, self._clean(label), self.split, reason=self._anonymous(reason)))
+        reason = self._anonymous(reason)
+        self.records.append(
+            SeriesRecord(self.study, self._clean(label), self.split, reason=reason, patient=self.patient)
+        )
 
     def _prepare(self, label: str, read: Any, name: str | None = None) -> None:
         try:
             for scan in read():
                 own = name if name is not None else scan.name
-                suffix = scan.name.removeprefix(nifti_stem(scan.source)) if name is not None else ""
+                stem = nifti_stem(scan.source)
+                suffix = scan.name.removeprefix(stem) if name is not None and scan.name.startswith(stem) else ""
                 self._prepare_scan(replace(scan, name=self._clean(own + suffix) or "series"))
         except BadSampleError as error:
             self._leave_out(label, str(error))
@@ -385,20 +372,37 @@ class _Preparation:
             )
             return
         check_field_of_view(scan, body)
-        scan = straightened(scan)
         if body == "chest":
             self._write_chest(scan)
             return
+        scan = straightened(scan)
+        own_size = self.layout is not None and self.layout.own_size
+        folder = ""
         for one in brain_series(scan, BRAIN_SIZE):
-            grey = (one.image[0] * GREY_STD + GREY_MEAN).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
-            name = self._unused(one.view.name)
-            where = {"geometry": _described(one.view.geometry), "window_hu": one.view.window_hu, "values": "grey 0-255"}
-            self._write(
-                Path(self.study) / name / "img.pt", grey, name, scan, where, one.view.affine, one.view.spacing_mm
-            )
+            if own_size:
+                grey, geometry = torch.from_numpy(one.view.values), Geometry.of_input(one.view.values.shape)
+            else:
+                grey = grey_values(one)
+                geometry = one.view.geometry
+            where = {"geometry": _described(geometry), "window_hu": one.view.window_hu, "values": "grey 0-255"}
+            windowed = _WINDOWED.fullmatch(one.view.name) if self.layout else None
+            if self.layout and windowed:
+                # The windows of a series share its folder.
+                name = folder = folder or self._unused(windowed["series"])
+                file = self.layout.file(self.task.entry, folder, windowed["window"])
+            elif self.layout:
+                name = self._unused(scan.name if own_size else one.view.name)
+                file = self.layout.file(self.task.entry, name, "")
+            else:
+                name = self._unused(one.view.name)
+                file = Path(self.study, name, "img.pt")
+            self._write(file, grey, name, scan, where, one.view.affine, one.view.spacing_mm)
 
     def _write_chest(self, scan: Scan) -> None:
-        turned: OrientedScan = orient(scan, CHEST_CODES)
+        stored_order = self.layout is not None
+        if not stored_order:
+            scan = straightened(scan)
+        turned = oriented_chest(scan, stored_order=stored_order)
         hu = torch.from_numpy(np.ascontiguousarray(turned.voxels)).float()
         excess = excess_rescale_hu(hu, source=scan.source)
         if excess:
@@ -407,9 +411,12 @@ class _Preparation:
         limits = torch.iinfo(torch.int16)
         values = volume.round().clamp(limits.min, limits.max).to(torch.int16)
         number = self.used["volume"] = self.used["volume"] + 1
-        folder = f"{self.split}_{self.patient_number}"
-        name = f"{folder}_{self.scan_letters}_{number}"
-        file = Path(self.split) / folder / f"{folder}_{self.scan_letters}" / f"{name}.pt"
+        if self.layout:
+            name, file = scan.name, self.layout.file(self.task.entry, scan.name, "")
+        else:
+            folder = f"{self.split}_{self.patient_number}"
+            name = f"{folder}_{self.scan_letters}_{number}"
+            file = Path(self.split) / folder / f"{folder}_{self.scan_letters}" / f"{name}.pt"
         where = {"geometry": _described(geometry), "window_hu": None, "values": "HU"}
         self._write(file, values, name, scan, where, turned.affine, turned.spacing_mm)
 
@@ -441,6 +448,7 @@ class _Preparation:
                 "patient": self.patient,
                 "study": self.study,
                 "series": name,
+                **({"file": self._anonymous(str(scan.source))} if self.layout else {}),
                 "modality": scan.modality,
                 "shape": list(scan.voxels.shape),
                 "affine": np.asarray(scan.affine).tolist(),
@@ -454,10 +462,19 @@ class _Preparation:
             "notes": notes,
         }
         write_json(path.with_suffix(".json"), sidecar)
-        thumbnail = self.task.to / STATE / "thumbnails" / f"{self.study}-{len(self.records):03d}.png"
+        thumbnail = self.task.to / STATE / "thumbnails" / f"{self.study.replace('/', '-')}-{len(self.records):03d}.png"
         _write_thumbnail(values, thumbnail)
         self.records.append(
-            SeriesRecord(self.study, name, self.split, str(file), "", notes, str(thumbnail.relative_to(self.task.to)))
+            SeriesRecord(
+                self.study,
+                name,
+                self.split,
+                str(file),
+                "",
+                notes,
+                str(thumbnail.relative_to(self.task.to)),
+                self.patient,
+            )
         )
 
 
@@ -506,9 +523,26 @@ def read_records(to: Path) -> list[SeriesRecord]:
 # --- results over all entries ----------------------------------------------------------------------------------------
 
 
-def write_results(to: Path, recipe: Recipe, records: Sequence[SeriesRecord]) -> list[Path]:
-    """Index files, table and contact sheet; the items of a report that stands in an index already are kept."""
-    written = _write_indices(to, recipe, [record for record in records if record.file])
+def write_results(
+    to: Path,
+    recipe: Recipe,
+    records: Sequence[SeriesRecord],
+    *,
+    items: Mapping[str, list[str]] | None = None,
+    layout: str | None = None,
+) -> list[Path]:
+    """Index files, table and contact sheet; the items of a report that stands in an index already are kept.
+
+    Args:
+        to: folder of the results.
+        recipe: what they are for.
+        records: of all entries.
+        items: study → items.
+        layout: of a public data set; some have no index.
+    """
+    written = []
+    if layout is None or PUBLIC_LAYOUTS[layout].has_index:
+        written = _write_indices(to, recipe, [record for record in records if record.file], items or {})
     table = to / "series.csv"
     with written_whole(table, text=True) as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -520,26 +554,31 @@ def write_results(to: Path, recipe: Recipe, records: Sequence[SeriesRecord]) -> 
     return [*written, *([sheet] if sheet is not None else [])]
 
 
-def _write_indices(to: Path, recipe: Recipe, kept: Sequence[SeriesRecord]) -> list[Path]:
-    if recipe == "chest-ct":
-        path = to / "itemized.json"
-        known = _reports(path)
-        scans: dict[str, Any] = {}
-        for one in kept:
-            scan = Path(one.file).parent.name
-            entry = scans.setdefault(scan, {"recons": [], "report": known.get(scan, [])})
-            entry["recons"].append(f"{Path(one.file).stem}.nii.gz")
-        write_json(path, scans)
-        return [path]
+CHEST_INDICES = {"train": "itemized.json", "valid": "valid_items.json"}
+"""Split → index of chest CT scans."""
+
+
+def _write_indices(
+    to: Path, recipe: Recipe, kept: Sequence[SeriesRecord], items: Mapping[str, list[str]]
+) -> list[Path]:
     written = []
-    for split in ("train", "valid"):
-        path = to / f"{split}.json"
+    for split in ("train", "valid", "test"):
+        records = [one for one in kept if one.split == split]
+        if split == "test" and not records:
+            continue
+        path = to / (CHEST_INDICES[split] if recipe == "chest-ct" else f"{split}.json")
         known = _reports(path)
         studies: dict[str, Any] = {}
-        for one in kept:
-            if one.split == split:
-                entry = studies.setdefault(one.study, {"series": {}, "report": known.get(one.study, [])})
-                entry["series"][Path(one.file).parent.name] = {}
+        for one in records:
+            file = Path(one.file)
+            study = file.parent.name if recipe == "chest-ct" else one.study
+            report = known.get(study) or items.get(one.study, [])
+            if recipe == "chest-ct":
+                entry = studies.setdefault(study, {"recons": [], "report": report})
+                entry["recons"].append(f"{file.stem}.nii.gz")
+            else:
+                entry = studies.setdefault(study, {"series": {}, "report": report, "patient": one.patient})
+                entry["series"][file.parent.name] = {}
         write_json(path, studies)
         written.append(path)
     return written
@@ -580,7 +619,7 @@ def summary_table(records: Sequence[SeriesRecord]) -> Table:
     table.add_column("what became of them")
     table.add_column("series", justify="right")
     splits = Counter(record.split for record in kept)
-    for split in ("train", "valid"):
+    for split in [split for split in ("train", "valid", "test") if split != "test" or splits[split]]:
         studies = len({record.study for record in kept if record.split == split})
         table.add_row(literal(f"kept, {split}, of {studies:,} studies"), f"{splits[split]:,}")
     reasons = Counter(_kind_of(record.reason) for record in records if record.reason)
@@ -597,25 +636,44 @@ def _kind_of(reason: str) -> str:
 # --- entry -----------------------------------------------------------------------------------------------------------
 
 
-def prepare(options: PrepareStudiesOptions) -> list[SeriesRecord]:
-    """Prepare this shard of the source, then write the results over all that is done.
+def open_tasks(options: PrepareStudiesOptions) -> list[Task]:
+    """All that there is to do, in all shards.
 
     Raises:
         MissingFileError, UserError: a source, key or folder that cannot be used.
     """
     to = check_writable(options.to.expanduser(), "--to")
-    names = open_key(options.key_file)
-    entries = find_entries(options.source)
-    first, parts = map(int, options.shard.split("/"))
+    assert options.recipe is not None  # checked when they were made
+    if options.layout is None:
+        key, entries = open_key(options.key_file).key, find_entries(options.source)
+    else:
+        source = options.source.expanduser()
+        if not source.is_dir():
+            raise MissingFileError(f"{source}: no such folder; expected {options.layout} as it is downloaded")
+        key, entries = _PUBLIC_KEY, PUBLIC_LAYOUTS[options.layout].entries(source, to / STATE)
     choice = SeriesChoice(options.series, options.exclude_series, fill_nan=options.fill_nan)
-    tasks = [
-        Task(entry, to, options.recipe, names.key, options.valid_share, choice) for entry in entries[first - 1 :: parts]
-    ]
+    return [Task(entry, to, options.recipe, key, options.valid_share, choice) for entry in entries]
+
+
+def prepare(options: PrepareStudiesOptions, all_tasks: Sequence[Task] | None = None) -> list[SeriesRecord]:
+    """Prepare this shard of the source; what became of all entries that are done.
+
+    Args:
+        options: see there.
+        all_tasks: of all shards, where they are at hand.
+
+    Raises:
+        MissingFileError, UserError: a source, key or folder that cannot be used.
+    """
+    all_tasks = open_tasks(options) if all_tasks is None else all_tasks
+    to = options.to.expanduser()
+    first, parts = map(int, options.shard.split("/"))
+    tasks = all_tasks[first - 1 :: parts]
     waiting = [task for task in tasks if not record_path(task).is_file()]
     workers = loader_processes(options.workers)
     logger.info(
         "%s entries of the source, %s in this shard, %s done before; %d at once",
-        f"{len(entries):,}", f"{len(tasks):,}", f"{len(tasks) - len(waiting):,}", workers,
+        f"{len(all_tasks):,}", f"{len(tasks):,}", f"{len(tasks) - len(waiting):,}", workers,
     )  # fmt: skip
     seconds = 0.0
     with progress_bar("Preparing", enabled=True) as advance:
@@ -625,7 +683,7 @@ def prepare(options: PrepareStudiesOptions) -> list[SeriesRecord]:
             seconds += end.seconds
             task = waiting[end.job]
             if end.failure or not record_path(task).is_file():
-                write_record(task, [_nothing(task, names, end.failure or "its process wrote nothing")])
+                write_record(task, [_nothing(task, Pseudonyms(task.key), end.failure or "its process wrote nothing")])
             advance(done, len(waiting))
     if waiting:
         logger.info("%.1f s of processes an entry", seconds / len(waiting))
@@ -647,18 +705,58 @@ def _write_names(path: Path, tasks: Sequence[Task]) -> None:
     path.chmod(0o600)
 
 
+def join_items(options: PrepareStudiesOptions, tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """Study → items of --items, which names studies as the source or the data set does.
+
+    Raises:
+        MissingFileError, UserError: a file that is none.
+    """
+    if options.items is None:
+        return {}
+    layout = PUBLIC_LAYOUTS.get(options.layout or "")
+    given: dict[str, list[str]] = {}
+    for report in read_reports(options.items).reports:
+        try:
+            key = layout.study_of(report.key) if layout else report.key
+        except ValueError:
+            continue
+        given.setdefault(key, [item for text in report.texts for item in numbered_items(text) or [text]])
+    joined: dict[str, list[str]] = {}
+    several = 0
+    for task in tasks:
+        path = task.entry.path
+        names = [task.entry.study] if layout else [path.name, path.name.split(".")[0]]
+        items = next((given[name] for name in names if name in given), None)
+        if items is None or not record_path(task).is_file():
+            continue
+        studies = {one["study"] for one in read_json(record_path(task), holding="what became of it")["series"]}
+        several += len(studies) > 1
+        if len(studies) == 1:
+            joined[studies.pop()] = items
+    logger.info("%s: items of %s studies, %s of them here", options.items, f"{len(given):,}", f"{len(joined):,}")
+    if several:
+        logger.warning("%d entries hold several studies, so that their items cannot be told apart", several)
+    return joined
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `itemizedclip prepare studies`."""
     options = read_flags(PrepareStudiesOptions, argv, prog=PROG, description=DESCRIPTION)
     with reported_errors(PROG), logging_to_console(0):
-        records = prepare(options)
-        written = write_results(options.to.expanduser(), options.recipe, records)
+        tasks = open_tasks(options)
+        records = prepare(options, tasks)
+        to = options.to.expanduser()
+        assert options.recipe is not None  # checked when they were made
+        items = join_items(options, tasks)
+        written = write_results(to, options.recipe, records, items=items, layout=options.layout)
         console: Console = standard_error()
         console.print(summary_table(records))
         console.print(literal(f"written to {', '.join(map(str, written))}"), soft_wrap=True)
         if not any(record.file for record in records):
             raise UserError(f"{options.source}: no series could be prepared; series.csv says why")
-        if not any(record.file and record.split == "valid" for record in records):
+        if options.layout is not None:
+            console.print(literal(f"next: {PUBLIC_LAYOUTS[options.layout].then.format(to=to)}"), soft_wrap=True)
+        elif not any(record.file and record.split == "valid" for record in records):
             logger.warning("no patient was drawn for validation; give a larger --valid-share, or splits in a CSV")
 
 

@@ -340,6 +340,32 @@ def _open_brain(source: Path, size: Size, choice: SeriesChoice, remarks: _Remark
     return series
 
 
+def scan_series(source: Path, size: Size) -> list[tuple[str, Tensor]]:
+    """The series of a NIfTI file, or of a file or folder of a DICOM series, as files of grey values would hold them.
+
+    Returns:
+        (what tells it from the others, "" when it is alone; uint8 (D, H, W)): the three windows of a head CT, the
+        volumes of a file or folder that holds several.
+
+    Raises:
+        BadSampleError: nothing that can be read.
+    """
+    with unpacked_archive(source) as opened:
+        _found_scans(opened, "brain")
+        series = _open_brain(opened, size, SeriesChoice(), _Remarks())
+    greys = [grey_values(one) for one in series]
+    if len(series) == 1:
+        return [("", greys[0])]
+    windows = [next((word for word in HEAD_WINDOWS_HU if one.view.name.endswith(f"_{word}")), "") for one in series]
+    names = windows if len(set(windows)) == len(series) else [one.view.name for one in series]
+    return list(zip(names, greys))
+
+
+def grey_values(series: PreparedSeries) -> Tensor:
+    """uint8 (D, H, W) of what the model takes: what a volume file of it holds."""
+    return (series.image[0] * GREY_STD + GREY_MEAN).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
 def _chosen(
     source: Path,
     found: Sequence[_FoundT],
@@ -560,17 +586,11 @@ def _open_chest(source: Path, options: ChestInput, choice: SeriesChoice, remarks
         return _chest_series(path.stem, path, hu, options, remarks, spacing_mm=CHEST_SPACING_MM, file_grid=grid)
     if not found.dicom and not found.nifti:
         raise _nothing(source, "chest")
-    problems: list[str] = []
-    scans = _scans(source, found, choice, remarks, problems, "chest")
-    if not scans:
-        raise BadSampleError(problems[0])
-    scan = scans[0]
-    _refuse_several(source, [f"{one.name} ({one.source})" for one in scans])
-    check_field_of_view(scan, "chest")
+    scan = _one_chest_scan(source, found, choice, remarks)
     is_ct_rate = _is_ct_rate(scan.source)
     if not is_ct_rate:
         scan = straightened(scan)
-    turned = orient(scan, None if is_ct_rate else CHEST_CODES)
+    turned = oriented_chest(scan, stored_order=is_ct_rate)
     if is_ct_rate:
         remarks.notes.append(
             "a CT-RATE file: its axes are taken in their stored order, as the published converter does"
@@ -589,6 +609,44 @@ def _open_chest(source: Path, options: ChestInput, choice: SeriesChoice, remarks
         slice_labels=_labels_in_view(scan, turned.file_grid),
         frame=scan.frame,
     )
+
+
+def chest_scan_hu(source: Path) -> Tensor:
+    """The one chest CT of a NIfTI file, or of a file or folder of a DICOM series: HU (D, H, W) at 3×1×1 mm.
+
+    Raises:
+        BadSampleError: nothing that can be read, or several scans.
+    """
+    with unpacked_archive(source) as opened:
+        scan = _one_chest_scan(opened, _found_scans(opened, "chest"), SeriesChoice(), _Remarks())
+        turned = oriented_chest(scan, stored_order=_is_ct_rate(scan.source))
+        hu = torch.from_numpy(np.ascontiguousarray(turned.voxels)).float()
+        return at_chest_spacing(hu, turned.spacing_mm, Geometry.of_input(tuple(hu.shape)))[0]
+
+
+def oriented_chest(scan: Scan, *, stored_order: bool) -> OrientedScan:
+    """A chest scan in the model's order of axes, straightened; files of CT-RATE in their stored order, as published."""
+    return orient(scan, None) if stored_order else orient(straightened(scan), CHEST_CODES)
+
+
+def _found_scans(source: Path, body: Body) -> _Found:
+    """What a source holds, which must be no volume files of ours."""
+    if not source.exists():
+        raise BadSampleError(f"{source}: no such file or folder; expected a .pt volume, a NIfTI file or a DICOM series")
+    found = _find(source)
+    if found.tensors or not (found.dicom or found.nifti):
+        raise _nothing(source, body)
+    return found
+
+
+def _one_chest_scan(source: Path, found: _Found, choice: SeriesChoice, remarks: _Remarks) -> Scan:
+    problems: list[str] = []
+    scans = _scans(source, found, choice, remarks, problems, "chest")
+    if not scans:
+        raise BadSampleError(problems[0])
+    _refuse_several(source, [f"{one.name} ({one.source})" for one in scans])
+    check_field_of_view(scans[0], "chest")
+    return scans[0]
 
 
 def _refuse_several(source: Path, names: Sequence[str]) -> None:
