@@ -27,12 +27,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
+from itemizedclip.data.batch import Tokenizer
 from itemizedclip.evaluation.cases import CaseScores
+from itemizedclip.evaluation.classification import ClassPrompts, ZeroShotClassifier
 from itemizedclip.evaluation.intervals import Array
+from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.runtime.errors import UserError, about
 from itemizedclip.runtime.fields import (
     Rule,
@@ -47,7 +51,7 @@ from itemizedclip.runtime.fields import (
     true_or_false,
     whole,
 )
-from itemizedclip.runtime.files import read_json, write_json
+from itemizedclip.runtime.files import file_sha256, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +190,60 @@ class Calibration:
             )
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What one score says of one finding.
+
+    Attributes:
+        score: as the calibration took scores.
+        probability: of the finding.
+        truths: conformal set: ("present",), ("absent",), both or neither.
+        above: wanted sensitivity → whether the score reaches its threshold.
+    """
+
+    score: float
+    probability: float
+    truths: tuple[Truth, ...]
+    above: Mapping[float, bool]
+
+
+def judged(finding: FindingCalibration, score: float) -> Judgement:
+    """A score of a finding, with what it means."""
+    above = {point.wanted_sensitivity: score >= point.threshold for point in finding.operating_points}
+    return Judgement(score, float(finding.probability(np.array([score]))[0]), finding.truths(score), above)
+
+
+@torch.no_grad()
+def judge_images(
+    model: DualEncoder,
+    tokenizer: Tokenizer,
+    calibration: Calibration,
+    features: ImageFeatures,
+    findings: Sequence[FindingCalibration] | None = None,
+) -> list[dict[str, Judgement]]:
+    """Findings of B encoded images, scored as the calibration scored its own.
+
+    Args:
+        model: in evaluation mode; on the device of the features.
+        tokenizer: texts → int64 (M, C).
+        calibration: of these weights.
+        features: of B images.
+        findings: which; None: all calibrated ones.
+    """
+    chosen = list(calibration.findings if findings is None else findings)
+    if not chosen:
+        return [{} for _ in features.global_BD]
+    classifier = ZeroShotClassifier(
+        model,
+        tokenizer,
+        ClassPrompts([finding.name for finding in chosen], [finding.prompts for finding in chosen]),
+        scoring=calibration.scoring,
+        normalise_tokens=calibration.normalise_tokens,
+    )
+    scores_BC = classifier.score(features).cpu().tolist()
+    return [{finding.name: judged(finding, score) for finding, score in zip(chosen, row)} for row in scores_BC]
+
+
 def hashed(patient: str) -> str:
     """What is kept of a patient's name."""
     return hashlib.sha256(patient.encode()).hexdigest()[:32]
@@ -291,6 +349,11 @@ def calibration_beside(checkpoint: str | Path, sha256: str) -> Calibration | Non
         logger.warning("%s: is of other weights than %s and is not used", path, Path(checkpoint).name)
         return None
     return found
+
+
+def calibration_of(checkpoint: str | Path) -> Calibration | None:
+    """The calibration beside a file of weights, whose checksum is taken only where there is one."""
+    return calibration_beside(checkpoint, file_sha256(checkpoint)) if calibration_path(checkpoint).is_file() else None
 
 
 # --- fitting ---------------------------------------------------------------------------------------------------------
