@@ -127,7 +127,7 @@ _COLUMNS = ("lowest", "similarity", *_SUMS, *(f"dice@{threshold:.2f}" for thresh
 class GroundingEvaluator(ExplainEvaluator):
     """Dice, hit rate, IoU, instances, pointing game and boxes, with chance and the ceiling of the patch grid.
 
-    The dataset's `truth(row, grid)` says what is known of an image. Measures, means over items with a mask that is not empty:
+    The dataset's `truth(row, grid)` says what is known of an image. Measures, means over items whose mask is not empty:
         dice, hit_rate, miou: of the pixels above `threshold` of the map's maximum; a hit is a Dice of at least 0.1.
         dice_best, threshold_best: at the threshold that is best on this very set; an upper bound, and what a run on
             training data chooses the threshold by.

@@ -5,8 +5,8 @@
 
 ReXGroundingCT: DIR holds dataset.json (or MICCAI_challenge_dataset.json) and segmentations/NAME; a mask file is NIfTI
 (F, H, W, D), findings first, or (H, W, D) where there is one, on the grid of CT-RATE's volume NAME. Values are numbers
-of instances. Volumes are CT-RATE's own .nii.gz, in its folders or all in one. Predictions are written as the leaderboard
-takes them: NAME in one folder, uint8 (F, H, W, D) with the volume's affine.
+of instances. Volumes are CT-RATE's own .nii.gz, in its folders or all in one. Predictions are written as the
+leaderboard takes them: NAME in one folder, uint8 (F, H, W, D) with the volume's affine.
 
 BraTS: DIR holds a folder per case with CASE_flair.nii.gz, CASE_t1, CASE_t1ce, CASE_t2 and CASE_seg (2018 to 2021), or
 CASE-t2f, CASE-t1n, CASE-t1c, CASE-t2w and CASE-seg (from 2023), all on one grid. Labels 1 (necrosis), 2 (oedema) and 3
@@ -271,8 +271,8 @@ class ReXGroundingOptions(GroundingOptions):
             scans.append(GroundedScan(name, volume, findings, masks if masks.is_file() else None, patient))
         if missing and (not self.allow_missing or not scans):
             raise MissingFileError(
-                f"{len(missing):,} of {len(missing) + len(scans):,} volumes of {file} lack the volume ({volumes}) or the "
-                f"masks ({root / 'segmentations'}), the first: {missing[0]}. Add them, or go on with --allow-missing"
+                f"{len(missing):,} of {len(missing) + len(scans):,} volumes of {file} lack the volume ({volumes}) or "
+                f"the masks ({root / 'segmentations'}), the first: {missing[0]}. Add them, or give --allow-missing"
             )
         return scans, missing
 
@@ -285,7 +285,7 @@ BRATS_REGIONS: dict[str, tuple[int, ...]] = {"whole": (1, 2, 3, 4), "core": (1, 
 
 @dataclass(frozen=True, kw_only=True)
 class BratsOptions(GroundingOptions):
-    """Tumour masks of brain MRI (BraTS): Dice, IoU, hit rate, pointing, with chance and the ceiling of the patch grid."""
+    """Tumour masks of brain MRI (BraTS): Dice, IoU, hit rate, pointing, with chance and the patch grid's ceiling."""
 
     data_dir: Annotated[Path, tyro.conf.arg(aliases=("--data-root",))]
     """Folder of the cases."""
@@ -342,8 +342,8 @@ def find_brats(root: Path, texts: tuple[str, ...]) -> list[GroundedScan]:
             scans.append(GroundedScan(folder.name, folder, texts, masks[0], patient))
     if not scans:
         raise MissingFileError(
-            f"{root}: holds no case; expected folders such as BraTS2021_00000/ with BraTS2021_00000_flair.nii.gz, … and "
-            "BraTS2021_00000_seg.nii.gz"
+            f"{root}: holds no case; expected folders such as BraTS2021_00000/ with "
+            "BraTS2021_00000_flair.nii.gz, … and BraTS2021_00000_seg.nii.gz"
         )
     return scans
 
