@@ -11,7 +11,7 @@ evaluate (measured on other patients), report (probabilities) and the Python API
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -81,7 +81,9 @@ def calibrate(settings: CalibrationSettings, options: BenchmarkOptions) -> dict[
         UserError: a benchmark without classes, too few patients, or patients of a test.
     """
     check_writable(calibration_path(options.checkpoint).parent, "--checkpoint")
-    return run_benchmark(options.for_calibration(), lambda finished: _fit(settings, finished))
+    # An earlier calibration, such as of these very patients, is replaced.
+    chosen = replace(options.for_calibration(), use_calibration=False)
+    return run_benchmark(chosen, lambda finished: _fit(settings, finished))
 
 
 def _fit(settings: CalibrationSettings, finished: Finished) -> None:

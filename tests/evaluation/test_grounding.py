@@ -181,7 +181,7 @@ def test_a_perfect_map_reaches_the_ceiling_and_a_perfect_box():
 
 
 def test_wrong_thresholds_and_masks_are_said():
-    with pytest.raises(UserError, match="threshold is 0.52; expected one of 0.05"):
+    with pytest.raises(UserError, match=r"threshold is 0\.52; expected one of 0\.05"):
         GroundingEvaluator(Grounded(), tokenize, threshold=0.52)
 
     class Fewer(Grounded):

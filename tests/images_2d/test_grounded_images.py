@@ -80,7 +80,7 @@ def test_expressions_are_counted_over_all_files(dior):
     assert first.boxes == (((4, 11, 20, 29),),)
     assert [entry.items for entry in read_dior_rsvg(dior, "train")] == [("a ship",)]
     (dior / "test.txt").write_text("3\n")
-    with pytest.raises(UserError, match="no image of this split|has object 3; the annotations have 3, counted from 0"):
+    with pytest.raises(UserError, match=r"no image of this split|has object 3; the annotations have 3, counted from 0"):
         read_dior_rsvg(dior, "test")
 
 

@@ -81,8 +81,8 @@ def test_findings_of_a_chest(rexgrounding, tmp_path, capsys):
 def test_a_test_split_is_only_predicted(rexgrounding, tmp_path):
     (rexgrounding / "segmentations" / NAME).rename(tmp_path / NAME)
     try:
-        found = evaluate(["rexgroundingct", *flags(rexgrounding, "--split", "test", "--output", str(tmp_path / "o.json"),
-                          "--predictions", str(tmp_path / "predictions"))])  # fmt: skip
+        more = ["--split", "test", "--output", str(tmp_path / "o.json"), "--predictions", str(tmp_path / "predictions")]
+        found = evaluate(["rexgroundingct", *flags(rexgrounding, *more)])
     finally:
         (tmp_path / NAME).rename(rexgrounding / "segmentations" / NAME)
     assert set(found) == {"mll", "mams", "nowhere_share"}

@@ -4,9 +4,9 @@
     itemizedclip evaluate dior-rsvg --data-dir DIOR_RSVG --checkpoint …
 
 Flickr30k Entities: DIR holds Annotations/ID.xml, Sentences/ID.txt and test.txt, val.txt, train.txt of ids. A line of
-Sentences is a caption in which "[/EN#17/people Two boys]" is a phrase about entity 17; the .xml gives its boxes, or says
-that it is the scene or has none. Every phrase with a box is an item; phrases of one image that read the same and mean the
-same entity are one.
+Sentences is a caption in which "[/EN#17/people Two boys]" is a phrase about entity 17; the .xml gives its boxes, or
+says that it is the scene or has none. Every phrase with a box is an item; phrases of one image that read the same and
+mean the same entity are one.
 
 DIOR-RSVG: DIR holds Annotations/*.xml, JPEGImages/ and test.txt, val.txt, train.txt. Every <object> of an .xml has a
 <bndbox> and a <description>; the .txt count objects from 0, over all .xml in the order of their names.
