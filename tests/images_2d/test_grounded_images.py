@@ -34,6 +34,8 @@ OBJECT = """<object><name>ship</name><bndbox><xmin>{x}</xmin><ymin>5</ymin><xmax
 
 @pytest.fixture
 def entities(tmp_path) -> Path:
+    tmp_path = tmp_path / "entities"
+    tmp_path.mkdir()
     for folder, name, content in (("Annotations", "101.xml", ENTITIES), ("Sentences", "101.txt", SENTENCES)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_text(content)
@@ -45,6 +47,8 @@ def entities(tmp_path) -> Path:
 
 @pytest.fixture
 def dior(tmp_path) -> Path:
+    tmp_path = tmp_path / "dior"
+    tmp_path.mkdir()
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "JPEGImages").mkdir()
     for number, texts in enumerate((["a ship", "a ship on the left"], ["the lower ship"])):
@@ -85,14 +89,17 @@ def test_expressions_are_counted_over_all_files(dior):
 
 
 def test_one_command_each(entities, dior, checkpoint, tmp_path, capsys):
-    common = ["--data-dir", str(tmp_path), "--checkpoint", str(checkpoint), "--workers", "0", "--device", "cpu"]
-    found = evaluate(["flickr30k-entities", *common, "--output", str(tmp_path / "entities.json"), "--bootstrap", "50"])
+    common = ["--checkpoint", str(checkpoint), "--workers", "0", "--device", "cpu"]
+    there = ["--data-dir", str(entities)]
+    out = ["--output", str(tmp_path / "entities.json"), "--bootstrap", "50"]
+    found = evaluate(["flickr30k-entities", *there, *common, *out])
     for name in ("pointing_game", "miou", "dice", "box_accuracy", "chance_pointing", "ceiling_dice"):
         assert 0 <= found[name] <= 1
     assert found["chance_pointing"] == pytest.approx(((1200 + 600) / 4800 + 1200 / 4800) / 2)
     said = capsys.readouterr().out
     assert "1 images, 2 phrases" in said
     assert "patch grid allows" in said
+    common += ["--data-dir", str(dior)]
     evaluate(["dior-rsvg", *common, "--split", "train", "--output", str(tmp_path / "train.json")])
     chosen = json.loads((tmp_path / "train.json").read_text())["metrics"]["threshold_best"]
     evaluate(["dior-rsvg", *common, "--threshold-from", str(tmp_path / "train.json"), "--output",
