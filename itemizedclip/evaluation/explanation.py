@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +30,8 @@ from itemizedclip.evaluation.encoding import (
     number_texts,
     read_items,
 )
-from itemizedclip.evaluation.evaluator import ItemDataset, facts_of_unusable, joined_unusable
+from itemizedclip.evaluation.evaluator import ItemDataset, facts_of_unusable, joined_unusable, sample_id_of
+from itemizedclip.evaluation.intervals import Array, Resampling, weighted_mean
 from itemizedclip.evaluation.tcsim import float_head
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
@@ -144,7 +146,9 @@ class ExplainEvaluator:
             (D, Y, X); 0 asks for a pixel of the mask itself. Another series of a study is never near.
         encoding: batch sizes, workers, precision of the towers, what to do about images that cannot be used.
         unit: what the images are called in messages.
+        patients: whose each image of the data set is; None: each stands for itself. Intervals are taken by patient.
         on_progress: called after each batch.
+        resampling: after `run`: how the measures, but for `miou_best`, follow from the images.
         facts: after `run`: numbers of images, items and masks, rules.
         unusable: after `run`: row → why an image was left out.
     """
@@ -156,9 +160,13 @@ class ExplainEvaluator:
     tolerance_px: float | tuple[float, ...] = 0.0
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
     unit: str = "images"
+    patients: Sequence[str] | None = None
     on_progress: OnProgress | None = None
+    resampling: Resampling | None = field(default=None, init=False)
     facts: dict[str, Any] = field(default_factory=dict, init=False)
     unusable: dict[int, str] = field(default_factory=dict, init=False)
+
+    num_columns: ClassVar[int]
 
     @torch.no_grad()
     def run(self, model: DualEncoder) -> dict[str, float]:
@@ -171,7 +179,6 @@ class ExplainEvaluator:
         if not len(self.dataset):
             raise UserError(f"{self.name}: the data set is empty")
         device = model_device(model)
-        get_masks = getattr(self.dataset, "masks", None)
         unusable: dict[int, str] = {}
         with evaluation_mode(model):
             items = read_items(self.dataset, self.encoding, unusable)
@@ -180,28 +187,44 @@ class ExplainEvaluator:
             features_UD = encode_texts(model, self.tokenizer, texts, self.encoding)
             numbers_of = dict(zip(items, number_M.to(device).split([len(own) for own in items.values()])))
             rows = [torch.empty(0, dtype=torch.int64)]
-            findings = [torch.empty((0, _COLUMNS), dtype=torch.float64)]
+            findings = [torch.empty((0, self.num_columns), dtype=torch.float64)]
             for batch in encode_images(
                 model, self.dataset, self.encoding, rows=list(items), unusable=unusable, on_progress=self.on_progress
             ):
                 own = [numbers_of[row] for row in batch.rows_B.tolist()]
                 maps_B = self._maps(model.head, features_UD, own, batch.features)
                 for row, maps in zip(batch.rows_B.tolist(), maps_B):
-                    masks = get_masks(row) if callable(get_masks) else None
-                    findings.append(self._findings(row, maps, masks))
+                    self._check(row, maps)
+                    findings.append(self.findings_of(row, maps))
                 rows.append(batch.rows_B.cpu())
         self.unusable = joined_unusable(self, unusable, len(self.dataset))
         findings_N = in_order_of_rows(torch.cat(rows), torch.cat(findings))
+        names = self.patients or [sample_id_of(self.dataset, row) for row in range(len(self.dataset))]
+        self.resampling = self.resampled(findings_N, [names[row] for row in items if row not in self.unusable])
         self.facts = {
             "num_images": len(findings_N),
             "num_items": sum(len(own) for row, own in items.items() if row not in self.unusable),
-            "num_masks": int(findings_N[:, _NUM_MASKS].sum()),
             "normalise_tokens": self.normalise_tokens,
-            "pointing_tolerance_px": list(given) if isinstance(given := self.tolerance_px, tuple) else given,
-            "miou_threshold": FIXED_THRESHOLD,
             **facts_of_unusable(self.dataset, self.unusable),
         }
+        return self.measured(findings_N)
+
+    def _check(self, row: int, maps: ItemMaps) -> None:
+        if not (torch.isfinite(maps.scores).all() and torch.isfinite(maps.weights).all()):
+            raise UserError(f"{self.name}: scores of image {row} are not finite: check the weights and the precision")
+
+    def measured(self, findings_N: Tensor) -> dict[str, float]:
+        """The measures of all images, and facts about them."""
+        self.facts |= {
+            "num_masks": int(findings_N[:, _NUM_MASKS].sum()),
+            "pointing_tolerance_px": list(given) if isinstance(given := self.tolerance_px, tuple) else given,
+            "miou_threshold": FIXED_THRESHOLD,
+        }
         return _measures(findings_N)
+
+    def resampled(self, findings_N: Tensor, patients_N: Sequence[str]) -> Resampling:
+        """How the measures follow from the images."""
+        return _resampling(findings_N, patients_N)
 
     def _maps(
         self, head: ItemAttention, features_UD: Tensor, own: list[Tensor], features: ImageFeatures
@@ -215,11 +238,11 @@ class ExplainEvaluator:
         )
         return [maps.first(len(n)) for maps, n in zip(maps_B, own)]
 
-    def _findings(self, row: int, maps: ItemMaps, masks_K: Tensor | None) -> Tensor:
-        """One row of float64 (1, _COLUMNS) about image `row`."""
+    def findings_of(self, row: int, maps: ItemMaps) -> Tensor:
+        """One row of float64 (1, num_columns) about image `row`."""
+        get_masks = getattr(self.dataset, "masks", None)
+        masks_K: Tensor | None = get_masks(row) if callable(get_masks) else None
         K, grid, maps_KL = len(maps), maps.grid, maps.weights.flatten(1)
-        if not (torch.isfinite(maps.scores).all() and torch.isfinite(maps_KL).all()):
-            raise UserError(f"{self.name}: scores of image {row} are not finite: check the weights and the precision")
         findings = torch.zeros((1, _COLUMNS), dtype=torch.float64)
         findings[0, _LOWEST] = maps.scores.min().double()
         findings[0, _SIMILARITY] = mean_map_similarity(maps_KL)
@@ -263,6 +286,30 @@ class ExplainEvaluator:
     _LOWEST, _SIMILARITY, _NOWHERE, _NUM_ITEMS, _NUM_EMPTY, _NOWHERE_EMPTY, _NOWHERE_MASKED, _NUM_MASKS, _HITS, _IOUS,
 ) = range(10)  # fmt: skip
 _COLUMNS = _IOUS + len(THRESHOLDS)
+ExplainEvaluator.num_columns = _COLUMNS
+
+
+def _resampling(findings_N: Tensor, patients_N: Sequence[str]) -> Resampling:
+    """How the measures follow from the images; `_measures` of repeated rows, many times at once."""
+    columns = findings_N.numpy()
+
+    def ratio(totals: Array, whole: Array) -> Array:
+        shares: Array = np.divide(totals, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+        return shares
+
+    def measure(weights_RN: Array) -> dict[str, Array]:
+        totals = {name: weights_RN @ columns[:, name] for name in range(_COLUMNS) if name != _SIMILARITY}
+        return {
+            "mll": weighted_mean(columns[:, _LOWEST], weights_RN),
+            "mams": weighted_mean(columns[:, _SIMILARITY], weights_RN),
+            "nowhere_share": ratio(totals[_NOWHERE], totals[_NUM_ITEMS]),
+            "nowhere_share_absent": ratio(totals[_NOWHERE_EMPTY], totals[_NUM_EMPTY]),
+            "nowhere_share_present": ratio(totals[_NOWHERE_MASKED], totals[_NUM_MASKS]),
+            "pointing_game": ratio(totals[_HITS], totals[_NUM_MASKS]),
+            "miou": ratio(totals[_IOUS + THRESHOLDS.index(FIXED_THRESHOLD)], totals[_NUM_MASKS]),
+        }
+
+    return Resampling(patients_N, measure)
 
 
 def _measures(findings_N: Tensor) -> dict[str, float]:

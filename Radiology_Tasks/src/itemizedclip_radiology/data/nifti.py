@@ -186,3 +186,37 @@ def _of_forms(path: Path, header: Any, affine: np.ndarray, shape: Sequence[int],
             )
             return np.asarray(qform, dtype=np.float64) if by_qform else affine
     return affine
+
+
+def read_label_volumes(path: Path) -> np.ndarray:
+    """Labels of a NIfTI file, integers (F, i, j, k) in the file's order of axes; one volume alone is F = 1.
+
+    Args:
+        path: (i, j, k), or findings first: (F, i, j, k).
+
+    Raises:
+        BadSampleError: no such file, damaged, larger than it can be, or values that are no labels.
+    """
+    expected = "expected whole labels of (i, j, k) or (findings, i, j, k)"
+    if not path.is_file():
+        raise BadSampleError(f"{path}: no such file; {expected}")
+    try:
+        image: Any = nibabel.load(path)
+        shape = tuple(int(n) for n in image.shape)
+        _check_size(path, image, shape)
+        values = np.asarray(image.dataobj)
+    except BadSampleError:
+        raise
+    except Exception as error:  # bytes that are no NIfTI file make the reader fail in any way
+        reason = (str(error) or type(error).__name__).split("\n")[0][:160]
+        raise BadSampleError(f"{path}: not a readable NIfTI file ({reason}); {expected}: copy it again") from None
+    if values.ndim not in (3, 4) or min(values.shape, default=0) < 1:
+        raise BadSampleError(f"{path}: {values.dtype} of {'×'.join(map(str, values.shape))}; {expected}")
+    if values.dtype.kind == "f":
+        whole = np.isfinite(values).all() and np.array_equal(values, np.rint(values))
+        if not whole or np.abs(values).max(initial=0) > np.iinfo(np.int16).max:
+            raise BadSampleError(f"{path}: holds values that are no whole numbers; {expected}")
+        values = values.astype(np.int16)
+    if values.dtype.kind not in "iu":
+        raise BadSampleError(f"{path}: holds {values.dtype} values; {expected}")
+    return values[None] if values.ndim == 3 else values
