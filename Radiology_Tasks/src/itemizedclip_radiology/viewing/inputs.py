@@ -404,7 +404,7 @@ def _scans(
             scans.append(replace(volume, name=f"{stem}{label}"))
     for one in dicom:
         try:
-            scans.append(read_dicom(one, fill=choice.fill_nan))
+            scans.append(read_dicom(one, fill=choice.fill_nan, keep_headers=choice.keep_headers))
         except BadSampleError as error:
             problems.append(str(error))
     return scans
@@ -509,6 +509,7 @@ def _brain_series(
         body="head",
         slice_labels=_labels_in_view(scan, turned.file_grid),
         frame=scan.frame,
+        sources=scan.sources,
     )
     return PreparedSeries(normalise_grey(volume, "0-1")[None], view)
 
@@ -588,6 +589,7 @@ def _open_chest(source: Path, options: ChestInput, choice: SeriesChoice, remarks
         file_grid=turned.file_grid,
         slice_labels=_labels_in_view(scan, turned.file_grid),
         frame=scan.frame,
+        sources=scan.sources,
     )
 
 
