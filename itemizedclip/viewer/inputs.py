@@ -134,8 +134,9 @@ class InputView:
         frame: name of the coordinate system that `affine` leads to (FrameOfReferenceUID): series of one frame show the
             same place at the same mm. "" when the file does not say.
         sources: the DICOM images it was read from, each where its own header says, in order; empty for other files.
+        window_of: a name of the series that it is one window of, where each window has values of its own; else "".
 
-    Views of one series in several windows share one `values` array: viewers show them as one series.
+    Views of one series in several windows share one `values` array, or `window_of`: viewers show them as one series.
     """
 
     name: str
@@ -151,6 +152,7 @@ class InputView:
     slice_labels: SliceLabels | None = None
     frame: str = ""
     sources: tuple[SourceSlice, ...] = ()
+    window_of: str = ""
 
 
 @dataclass(frozen=True)
