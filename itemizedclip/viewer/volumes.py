@@ -366,7 +366,10 @@ def _write_nifti(voxels: np.ndarray, affine: np.ndarray, path: Path, *, in_steps
         raise UserError("writing NIfTI needs the package nibabel: pip install -e '.[radiology]'") from error
     image = nibabel.Nifti1Image(np.ascontiguousarray(voxels), affine)
     image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1, strip_shears=True)
+    # A qform has right angles only: of a sheared grid ITK would take it and show the volume elsewhere.
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    is_straight = np.allclose(directions.T @ directions, np.eye(3), atol=1e-3)
+    image.set_qform(affine, code=1 if is_straight else 0, strip_shears=True)
     image.header.set_xyzt_units("mm")
     if in_steps:
         # 16 bits would be ten times the size on disk, all of it the last digits of interpolated values.
