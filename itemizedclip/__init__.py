@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from itemizedclip.api import (
+        calibrated,
         create_model_and_transforms,
         evaluate,
         explain,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__",
+    "calibrated",
     "create_model_and_transforms",
     "evaluate",
     "explain",

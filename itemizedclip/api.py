@@ -17,6 +17,7 @@ from torch import Tensor
 from itemizedclip.data.batch import ItemCollator, Tokenizer
 from itemizedclip.evaluation.benchmark import BENCHMARKS
 from itemizedclip.evaluation.benchmark import evaluate as evaluate_benchmark
+from itemizedclip.evaluation.calibration import FILE_NAME, Calibration, Judgement, calibration_of, judge_images
 from itemizedclip.evaluation.encoding import EncodingOptions, encode_image_batch, encode_texts, number_texts
 from itemizedclip.evaluation.tcsim import Scoring, create_scorer
 from itemizedclip.models import factory
@@ -37,6 +38,7 @@ ImageLike: TypeAlias = str | Path | Image.Image | np.ndarray | Tensor
 """A path (of a study too), a picture, a uint8 array (H, W, 3), or a tensor as the model takes it."""
 
 __all__ = [
+    "calibrated",
     "create_model_and_transforms",
     "evaluate",
     "explain",
@@ -117,6 +119,38 @@ def list_recipes() -> list[str]:
 def list_benchmarks() -> list[str]:
     """Names that `evaluate` and `itemizedclip evaluate` accept."""
     return BENCHMARKS.names()
+
+
+def calibrated(
+    loaded: LoadedModel, images: ImageLike | Sequence[ImageLike], *, calibration: Calibration | None = None
+) -> list[dict[str, Judgement]]:
+    """What calibrated findings say of each image: probability, conformal set, yes or no at fixed sensitivities.
+
+    Args:
+        loaded: from `load`.
+        images: N images or studies, or one.
+        calibration: of these weights; None: calibration.json beside the checkpoint (`itemizedclip calibrate`).
+
+    Returns:
+        For each image finding → `Judgement`.
+
+    Raises:
+        UserError: no calibration of these weights, or a file that cannot be read.
+    """
+    if calibration is None:
+        calibration = calibration_of(loaded.source) if loaded.source else None
+    if calibration is None:
+        raise UserError(
+            f"{loaded.source or 'this model'}: no {FILE_NAME} of these weights beside it; make one with "
+            "itemizedclip calibrate"
+        )
+    judgements = []
+    for image in _listed(images):
+        source = as_input(loaded, image)
+        names = None if source.series_names is None else source.series_names[None]
+        features = encode_image_batch(loaded.model, source.image[None], EncodingOptions(), series_names=names)
+        judgements += judge_images(loaded.model, loaded.tokenizer, calibration, features)
+    return judgements
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 itemizedclip train      train a recipe by its name: the published ones, or one on your own images
 itemizedclip prepare    reports or redundant captions → independent text items
 itemizedclip demo       train on itemized scenes, evaluate, draw where each item looked
+itemizedclip calibrate  probabilities, thresholds and conformal sets of findings, fitted on patients of their own
 itemizedclip compare    objectives against each other on the same data, seed by seed
 itemizedclip index      encode a folder of images once, so that search finds them
 itemizedclip search     find images of an index by text, and where each text looked
@@ -30,6 +31,10 @@ COMMANDS = {
         "train on the embedded itemized scenes, evaluate, draw an attention picture",
     ),
     "evaluate": ("itemizedclip.commands.evaluate", "a checkpoint on a named benchmark; --help lists them"),
+    "calibrate": (
+        "itemizedclip.commands.calibrate",
+        "probabilities, thresholds and conformal sets of findings, stored beside the checkpoint",
+    ),
     "compare": ("itemizedclip.commands.compare", "objectives against each other on the same data, seed by seed"),
     "index": ("itemizedclip.commands.index", "encode a folder of images once, so that search finds them"),
     "search": ("itemizedclip.commands.search", "find images of an index by text, and where each text looked"),

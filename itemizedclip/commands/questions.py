@@ -6,7 +6,7 @@ Axes: T items.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +17,7 @@ from rich.text import Text
 
 from itemizedclip.data.items import check_text
 from itemizedclip.data.jsonl import read_own
+from itemizedclip.evaluation.calibration import Judgement
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import read_json, read_lines
 from itemizedclip.runtime.logs import literal, shown
@@ -172,22 +173,33 @@ def items_of_input(path: Path, source: Path) -> list[str]:
     raise UserError(f"{path}: has no entry of {source}; give texts by --items")
 
 
-def score_table(explanation: Explanation) -> Table:
-    """Scores of the items, for the terminal."""
+def score_table(explanation: Explanation, judgements: Sequence[Judgement | None] = ()) -> Table:
+    """Scores of the items, for the terminal; with judgements (one per item) what calibrated scores mean."""
     maps, views = explanation.maps, explanation.source.views
     table = Table(caption="peak: the most attended patch, as a multiple of an even spread")
     table.add_column("", justify="right")
     table.add_column("item", overflow="fold", ratio=1)
     for name in ("TCSim", "nowhere", "peak"):
         table.add_column(name, justify="right", no_wrap=True)
+    is_calibrated = any(judgements)
+    if is_calibrated:
+        for name in ("probability", "conformal set"):
+            table.add_column(name, justify="right", no_wrap=True)
     if len(views) > 1:
         table.add_column("most in", overflow="fold")
     shares = explanation.share_of_views()
     for k, text in enumerate(explanation.items):
         numbers = [f"{maps.scores[k]:.3f}", f"{maps.nowhere[k]:.0%}", f"{maps.peaks[k]:.1f}×"]
         row: list[str | Text] = [str(k + 1), literal(text), *numbers]
+        if is_calibrated:
+            own = judgements[k]
+            row += ["–", "–"] if own is None else [f"{own.probability:.0%}", _words(own)]
         if len(views) > 1:
             most = int(shares[k].argmax())
             row.append(literal(f"{views[most].name} {shares[k][most]:.0%}"))
         table.add_row(*row)
     return table
+
+
+def _words(own: Judgement) -> str:
+    return {0: "like neither", 2: "undecided"}.get(len(own.truths)) or own.truths[0]

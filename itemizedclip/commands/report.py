@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 
 from itemizedclip.commands.questions import QuestionOptions, items_to_ask, score_table
+from itemizedclip.evaluation.calibration import calibration_of
 from itemizedclip.models.factory import LoadedModel, given_checkpoint, load_pretrained
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import file_sha256, write_text
@@ -114,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         provenance = provenance_of(loaded, options.checkpoint)
         provenance.facts.append(("precision", precision.name))
         if items:
-            Console().print(score_table(explanation))
+            found = calibration_of(options.checkpoint)
+            Console().print(score_table(explanation, [] if found is None else explainer.judged(found, items)))
         if output is not None:
             write_text(output, report_html(explanation, provenance, cut_items=cut))
             _print_written(output)

@@ -61,6 +61,7 @@ class OwnEntry:
         normal: whether it shows no finding; None where the file does not say.
         split: part of the data it belongs to; None where the file does not say.
         labels: class → 1 or 0; classes that are not named are unknown.
+        patient: whose it is; empty: nobody else's.
         whole_labels: `labels` was one class name or a list of them: classes that are not named are not there.
     """
 
@@ -72,6 +73,7 @@ class OwnEntry:
     split: Split | None = None
     labels: Mapping[str, int] = field(default_factory=dict)
     whole_labels: bool = False
+    patient: str = ""
 
 
 @dataclass(frozen=True)
@@ -217,8 +219,11 @@ def _entry(value: object, where: str) -> OwnEntry:
     given = value.get("id")
     name = given if isinstance(given, str) and given.strip() else image or where.rpartition(": ")[2]
     part = None if split is None else _SPLITS[split.lower()]
+    patient = value.get("patient", "")
+    if not isinstance(patient, str):
+        raise UserError(f"{where}: field 'patient': expected a text, found {json.dumps(patient)[:60]}")
     whole = not isinstance(given_labels, dict)
-    return OwnEntry(name, image, dict(series or {}), texts, normal, part, labels, whole)
+    return OwnEntry(name, image, dict(series or {}), texts, normal, part, labels, whole, patient.strip())
 
 
 def _check_series(series: object, where: str, *, also_image: bool) -> None:

@@ -23,6 +23,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError, Tokenizer
+from itemizedclip.evaluation.cases import CaseScores
 from itemizedclip.evaluation.encoding import (
     EncodingOptions,
     ImageBatch,
@@ -33,6 +34,7 @@ from itemizedclip.evaluation.encoding import (
     number_texts,
 )
 from itemizedclip.evaluation.evaluator import ItemDataset, facts_of_unusable, joined_unusable, parts_of, sample_id_of
+from itemizedclip.evaluation.intervals import Resampling, case_resampling
 from itemizedclip.evaluation.ranks import top_k_table
 from itemizedclip.evaluation.scores import ScoreStore, StoredScores
 from itemizedclip.evaluation.tcsim import Scoring, create_scorer
@@ -150,8 +152,10 @@ class ClassEvaluator(ABC):
         store: keeps the scores of each image as soon as they are known; an evaluation that was stopped goes on. An
             image that cannot be used then ends the evaluation when the others have been scored.
         unit: what the images are called in messages.
+        patients: whose each image of the data set is; None: each stands for itself. Intervals are taken by patient.
         on_progress: called after each batch.
         facts: after `run`: numbers of images and classes, prompts and their fingerprint, scoring.
+        cases: after `run`: scores and labels by image, of the first scoring.
         rows: after `scores`: N images that have scores.
         unusable: after `scores`: row → why an image was left out.
         skipped: after `scores`: why parts of images that were scored now could not be used.
@@ -168,8 +172,10 @@ class ClassEvaluator(ABC):
     score_dtype: torch.dtype = torch.float32
     store: ScoreStore | None = None
     unit: str = "images"
+    patients: Sequence[str] | None = None
     on_progress: OnProgress | None = None
     facts: dict[str, Any] = field(default_factory=dict, init=False)
+    cases: CaseScores | None = field(default=None, init=False)
     rows: list[int] = field(default_factory=list, init=False)
     unusable: dict[int, str] = field(default_factory=dict, init=False)
     skipped: list[str] = field(default_factory=list, init=False)
@@ -194,6 +200,8 @@ class ClassEvaluator(ABC):
         table: dict[str, float] = {}
         for scoring, scores_NC in self.scores(model).items():
             self._check_finite(scores_NC)
+            if scoring == self.scorings[0]:
+                self.cases = self._cases(scores_NC)
             prefix = f"{scoring}/" if len(self.scorings) > 1 else ""
             table |= {prefix + key: value for key, value in self.measures(scores_NC).items()}
         return table
@@ -257,6 +265,40 @@ class ClassEvaluator(ABC):
     @abstractmethod
     def measures(self, scores_NC: Tensor) -> dict[str, float]:
         """The measures of one score matrix, of the images `rows`."""
+
+    @abstractmethod
+    def label_matrix(self) -> np.ndarray:
+        """float64 (images of the data set, C): 1, 0, or NaN where unknown."""
+
+    @property
+    def one_each(self) -> bool:
+        """Whether every image has exactly one class."""
+        return False
+
+    @property
+    def resampling(self) -> Resampling | None:
+        """After `run` with one scoring: how its measures follow from the images."""
+        return case_resampling(self.cases) if self.cases is not None and len(self.scorings) == 1 else None
+
+    def patient_names(self) -> list[str]:
+        """Whose each labelled image is."""
+        if self.patients is not None:
+            return list(self.patients[: len(self.labels)])
+        return [sample_id_of(self.dataset, row) for row in range(len(self.labels))]
+
+    def _cases(self, scores_NC: Tensor) -> CaseScores:
+        names = [sample_id_of(self.dataset, row) for row in self.rows]
+        if len(set(names)) < len(names):
+            names = [f"{name} ({row})" for name, row in zip(names, self.rows)]
+        patients = self.patient_names()
+        return CaseScores(
+            tuple(names),
+            tuple(patients[row] for row in self.rows),
+            tuple(self.classes.names),
+            scores_NC.double().numpy(),
+            self.label_matrix()[self.rows],
+            self.one_each,
+        )
 
     def _known(self) -> Mapping[int, list[float]]:
         """Row → scores of an earlier evaluation, on every rank."""
@@ -322,6 +364,15 @@ class SingleLabelEvaluator(ClassEvaluator):
         if wrong:
             raise UserError(f"{self.name}: labels must be 0 … {C - 1} for {C} classes, got {wrong[0]}")
 
+    @property
+    def one_each(self) -> bool:
+        """See `ClassEvaluator`."""
+        return True
+
+    def label_matrix(self) -> np.ndarray:
+        """See `ClassEvaluator`."""
+        return np.eye(len(self.classes.names))[list(self.labels)]
+
     def measures(self, scores_NC: Tensor) -> dict[str, float]:
         """`top1`, `top5`, `mean_rank`."""
         labels_N = torch.as_tensor(self.labels)[self.rows]
@@ -346,6 +397,11 @@ class MultiLabelEvaluator(ClassEvaluator):
         if not (np.isin(self.labels, (0, 1)) | np.isnan(self.labels)).all():
             raise UserError(f"{self.name}: labels must be 0, 1 or NaN (unknown)")
         super().__post_init__()
+
+    def label_matrix(self) -> np.ndarray:
+        """See `ClassEvaluator`."""
+        labels: np.ndarray = self.labels
+        return labels
 
     def measures(self, scores_NC: Tensor) -> dict[str, float]:
         """`macro_auc` and `auc/<class>` of every class that has one."""

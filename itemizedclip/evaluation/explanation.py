@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +30,8 @@ from itemizedclip.evaluation.encoding import (
     number_texts,
     read_items,
 )
-from itemizedclip.evaluation.evaluator import ItemDataset, facts_of_unusable, joined_unusable
+from itemizedclip.evaluation.evaluator import ItemDataset, facts_of_unusable, joined_unusable, sample_id_of
+from itemizedclip.evaluation.intervals import Array, Resampling, weighted_mean
 from itemizedclip.evaluation.tcsim import float_head
 from itemizedclip.models.dual_encoder import DualEncoder, ImageFeatures
 from itemizedclip.models.item_attention import ItemAttention
@@ -144,7 +146,9 @@ class ExplainEvaluator:
             (D, Y, X); 0 asks for a pixel of the mask itself. Another series of a study is never near.
         encoding: batch sizes, workers, precision of the towers, what to do about images that cannot be used.
         unit: what the images are called in messages.
+        patients: whose each image of the data set is; None: each stands for itself. Intervals are taken by patient.
         on_progress: called after each batch.
+        resampling: after `run`: how the measures, but for `miou_best`, follow from the images.
         facts: after `run`: numbers of images, items and masks, rules.
         unusable: after `run`: row → why an image was left out.
     """
@@ -156,7 +160,9 @@ class ExplainEvaluator:
     tolerance_px: float | tuple[float, ...] = 0.0
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
     unit: str = "images"
+    patients: Sequence[str] | None = None
     on_progress: OnProgress | None = None
+    resampling: Resampling | None = field(default=None, init=False)
     facts: dict[str, Any] = field(default_factory=dict, init=False)
     unusable: dict[int, str] = field(default_factory=dict, init=False)
 
@@ -192,6 +198,8 @@ class ExplainEvaluator:
                 rows.append(batch.rows_B.cpu())
         self.unusable = joined_unusable(self, unusable, len(self.dataset))
         findings_N = in_order_of_rows(torch.cat(rows), torch.cat(findings))
+        names = self.patients or [sample_id_of(self.dataset, row) for row in range(len(self.dataset))]
+        self.resampling = _resampling(findings_N, [names[row] for row in items if row not in self.unusable])
         self.facts = {
             "num_images": len(findings_N),
             "num_items": sum(len(own) for row, own in items.items() if row not in self.unusable),
@@ -263,6 +271,29 @@ class ExplainEvaluator:
     _LOWEST, _SIMILARITY, _NOWHERE, _NUM_ITEMS, _NUM_EMPTY, _NOWHERE_EMPTY, _NOWHERE_MASKED, _NUM_MASKS, _HITS, _IOUS,
 ) = range(10)  # fmt: skip
 _COLUMNS = _IOUS + len(THRESHOLDS)
+
+
+def _resampling(findings_N: Tensor, patients_N: Sequence[str]) -> Resampling:
+    """How the measures follow from the images; `_measures` of repeated rows, many times at once."""
+    columns = findings_N.numpy()
+
+    def ratio(totals: Array, whole: Array) -> Array:
+        shares: Array = np.divide(totals, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+        return shares
+
+    def measure(weights_RN: Array) -> dict[str, Array]:
+        totals = {name: weights_RN @ columns[:, name] for name in range(_COLUMNS) if name != _SIMILARITY}
+        return {
+            "mll": weighted_mean(columns[:, _LOWEST], weights_RN),
+            "mams": weighted_mean(columns[:, _SIMILARITY], weights_RN),
+            "nowhere_share": ratio(totals[_NOWHERE], totals[_NUM_ITEMS]),
+            "nowhere_share_absent": ratio(totals[_NOWHERE_EMPTY], totals[_NUM_EMPTY]),
+            "nowhere_share_present": ratio(totals[_NOWHERE_MASKED], totals[_NUM_MASKS]),
+            "pointing_game": ratio(totals[_HITS], totals[_NUM_MASKS]),
+            "miou": ratio(totals[_IOUS + THRESHOLDS.index(FIXED_THRESHOLD)], totals[_NUM_MASKS]),
+        }
+
+    return Resampling(patients_N, measure)
 
 
 def _measures(findings_N: Tensor) -> dict[str, float]:

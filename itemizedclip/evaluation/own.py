@@ -56,6 +56,27 @@ class OwnBenchmark(BenchmarkOptions):
     image_root: Path | None = None
     """Folder that the paths are relative to; default: that of the file."""
 
+    def for_calibration(self) -> BenchmarkOptions:
+        """On split val unless --split says otherwise; never on test entries, nor on patients of these.
+
+        Raises:
+            UserError: entries of split test, or patients that have some.
+        """
+        whole = on_main(lambda: read_own(self.data, root=self.image_root, on_bad_sample=self.on_bad_sample))
+        named = {entry.split for entry in whole.entries} - {None}
+        split = self.split or ("val" if named else "all")
+        if split == "test" or (split == "all" and "test" in named):
+            raise UserError(f"{whole.path}: a calibration is not fitted on entries of split test; take val (--split)")
+        tested = {entry.patient or entry.name for entry in whole.entries if entry.split == "test"}
+        part = whole.entries if split == "all" else whole.part(split).entries
+        shared = sorted(tested & {entry.patient or entry.name for entry in part})
+        if shared:
+            raise UserError(
+                f"{whole.path}: {len(shared):,} patients of split {split} have test entries too, the first {shared[0]};"
+                " give each patient one split"
+            )
+        return replace(self, split=split)
+
     def open(self, subject: Subject) -> Benchmark:
         """The entries as the model reads them."""
         file = on_main(self._read)
@@ -65,18 +86,29 @@ class OwnBenchmark(BenchmarkOptions):
         # Studies differ in their number of series.
         is_study = bool(file.entries[0].series)
         encoding = replace(subject.encoding, batch_size=1) if is_study else subject.encoding
+        patients = [entry.patient or entry.name for entry in file.entries]
         evaluator: Any
         if self.classes is None:
             if not all(entry.items for entry in file.entries):
                 raise UserError(f"{file.path}: some entries have no items to retrieve; give --classes for their labels")
             evaluator = RetrievalEvaluator(
-                dataset, subject.loaded.tokenizer, name="own", scoring=self.scoring, encoding=encoding
+                dataset,
+                subject.loaded.tokenizer,
+                name="own",
+                scoring=self.scoring,
+                encoding=encoding,
+                patients=patients,
             )
             what = "retrieval"
         else:
             prompts = read_classes(self.classes, self.template)
             labels_NC = labels_of(file, prompts.names)
-            arguments: dict[str, Any] = {"name": "own", "scorings": [self.scoring], "encoding": encoding}
+            arguments: dict[str, Any] = {
+                "name": "own",
+                "scorings": [self.scoring],
+                "encoding": encoding,
+                "patients": patients,
+            }
             one_each = bool((np.nan_to_num(labels_NC).sum(1) == 1).all())
             if one_each and len(prompts.names) > 1:
                 evaluator = SingleLabelEvaluator(

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from itemizedclip.evaluation.intervals import Array, Resampling, weighted_mean
 from itemizedclip.runtime.errors import UserError
 
 RETRIEVAL_CUTOFFS = (1, 5, 10, 50, 100)
@@ -252,6 +253,32 @@ def validation_table(ranks: RetrievalRanks) -> dict[str, float]:
     table["mean_item_rank"] = ranks.mean_text_N.mean().item()
     table["worst_item_rank"] = ranks.worst_text_N.mean().item()
     return table
+
+
+def rank_resampling(ranks: RetrievalRanks, num_texts_N: Sequence[int], patients_N: Sequence[str]) -> Resampling:
+    """How shares and mean ranks of both tables follow from the images asked for; the gallery stays as it was.
+
+    Args:
+        ranks: of all true pairs.
+        num_texts_N: texts of each image, in the order of the ranks.
+        patients_N: whose each image is.
+    """
+    text_to_image_M, best_N = ranks.text_to_image_M.numpy(), ranks.best_text_N.numpy()
+    mean_N, worst_N = ranks.mean_text_N.numpy(), ranks.worst_text_N.numpy()
+    of_texts = {f"text_to_image_R@{k}": (text_to_image_M <= k) * 1.0 for k in {*RETRIEVAL_CUTOFFS, *VALIDATION_CUTOFFS}}
+    of_texts["text_to_image_mean_rank"] = text_to_image_M
+    of_images = {f"image_to_text_R@{k}": (best_N <= k) * 1.0 for k in {*RETRIEVAL_CUTOFFS, *VALIDATION_CUTOFFS}}
+    of_images |= {f"image_to_text_R@{k}_worst": (worst_N <= k) * 1.0 for k in RETRIEVAL_CUTOFFS}
+    of_images |= {f"complete@{k}": (worst_N <= k) * 1.0 for k in COMPLETE_CUTOFFS}
+    of_images |= {"image_to_text_mean_rank": best_N, "image_to_text_mean_rank_worst": worst_N}
+    of_images |= {"mean_item_rank": mean_N, "worst_item_rank": worst_N}
+
+    def measure(weights_RN: Array) -> dict[str, Array]:
+        weights_RM = np.repeat(weights_RN, num_texts_N, axis=1)
+        found = {name: weighted_mean(values, weights_RM) for name, values in of_texts.items()}
+        return found | {name: weighted_mean(values, weights_RN) for name, values in of_images.items()}
+
+    return Resampling(patients_N, measure)
 
 
 def share_within(ranks: Tensor, k: int) -> float:

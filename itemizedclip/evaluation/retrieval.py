@@ -27,8 +27,9 @@ from itemizedclip.evaluation.encoding import (
     number_texts,
     read_items,
 )
-from itemizedclip.evaluation.evaluator import ItemDataset, facts_of_unusable, joined_unusable
-from itemizedclip.evaluation.ranks import RetrievalRanks, RivalCounts, validation_table
+from itemizedclip.evaluation.evaluator import ItemDataset, facts_of_unusable, joined_unusable, sample_id_of
+from itemizedclip.evaluation.intervals import Resampling
+from itemizedclip.evaluation.ranks import RetrievalRanks, RivalCounts, rank_resampling, validation_table
 from itemizedclip.evaluation.tcsim import Scoring, TextScorer, create_scorer
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.runtime import collectives
@@ -57,7 +58,9 @@ class RetrievalEvaluator:
             their texts are no one's answer.
         score_dtype: precision of scoring.
         unit: what the images are called in messages.
+        patients: whose each image of the data set is; None: each stands for itself. Intervals are taken by patient.
         on_progress: called after each batch.
+        resampling: after `run`: how shares and mean ranks follow from the images asked for, in the same gallery.
         facts: after `run`: numbers of images and texts, scoring, fingerprint of the texts.
         unusable: after `run`: row → why an image was left out.
     """
@@ -72,7 +75,9 @@ class RetrievalEvaluator:
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
     score_dtype: torch.dtype = torch.float32
     unit: str = "images"
+    patients: Sequence[str] | None = None
     on_progress: OnProgress | None = None
+    resampling: Resampling | None = field(default=None, init=False)
     facts: dict[str, Any] = field(default_factory=dict, init=False)
     unusable: dict[int, str] = field(default_factory=dict, init=False)
 
@@ -105,7 +110,10 @@ class RetrievalEvaluator:
             dtype=self.score_dtype,
         )
         ranks = self._count(model, scorer, list(items), unusable, number_M.to(device), owner_M)
-        used = [own for row, own in items.items() if row not in self.unusable]
+        rows = [row for row in items if row not in self.unusable]
+        used = [items[row] for row in rows]
+        names = self.patients or [sample_id_of(self.dataset, row) for row in range(len(self.dataset))]
+        self.resampling = rank_resampling(ranks, [len(own) for own in used], [names[row] for row in rows])
         self.facts = {
             "num_images": len(used),
             "num_texts": sum(map(len, used)),

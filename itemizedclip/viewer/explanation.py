@@ -17,6 +17,7 @@ from torch import Tensor
 
 from itemizedclip.data.batch import ItemCollator, ItemSample, trim_padding
 from itemizedclip.evaluation.attention import ItemMaps, item_maps, maps_of_features
+from itemizedclip.evaluation.calibration import Calibration, Judgement, judge_images
 from itemizedclip.models.dual_encoder import ImageFeatures
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.errors import UserError
@@ -115,6 +116,14 @@ class Explainer:
             items_BTD = model.encode_text(tokens_TC)[None].float()
         maps = maps_of_features(model.head, self._features, items_BTD, normalise_tokens=self._normalise_tokens)[0]
         return Explanation(self.source, list(items), maps)
+
+    def judged(self, calibration: Calibration, items: Sequence[str]) -> list[Judgement | None]:
+        """What each text's score means, as the calibration scores it; None for texts that it does not know."""
+        findings = [calibration.finding(item) for item in items]
+        known = {finding.name: finding for finding in findings if finding is not None}
+        model = self._loaded.model
+        found = judge_images(model, self._loaded.tokenizer, calibration, self._features, list(known.values()))[0]
+        return [None if finding is None else found[finding.name] for finding in findings]
 
     def cut_items(self, items: Sequence[str]) -> list[bool]:
         """Which texts fill the text tower's whole context, so that their end may be cut off."""

@@ -166,7 +166,8 @@ def test_a_benchmark_of_another_package(installed, checkpoint, tmp_path, capsys)
     assert len(facts["checkpoint_sha256"]) == 64
     assert facts["precision"] == "fp32"
     assert "unusable" not in facts
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tiny.results.json", "tiny.empty.png"}
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"tiny.results.json", "tiny.cases.json", "tiny.empty.png"}
     said = capsys.readouterr()
     assert "these pictures mean nothing" in said.err
     assert "mean_rank" in said.out

@@ -280,6 +280,11 @@ class CtRateOptions(ChestOptions):
         labels = find_labels(self.labels, CT_RATE_VALID_LABELS, self.data_dir)
         return open_ct_rate(labels, self.data_dir, protocol=self.protocol, allow_missing=self.allow_missing)
 
+    def patient_of(self, study_id: str) -> str:
+        """The patient in a reconstruction's name."""
+        volume = parse_volume_name(study_id)
+        return f"{volume.split}_{volume.patient}"
+
     def measure(
         self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str], studies: Sequence[str]
     ) -> Measures:
@@ -289,7 +294,7 @@ class CtRateOptions(ChestOptions):
             classes,
             scores_NC,
             labels_NC,
-            groups_N=[f"{volume.split}_{volume.patient}" for volume in volumes],
+            groups_N=[self.patient_of(study) for study in studies],
             scans_N=[volume.scan for volume in volumes],
         )
         averages = Averages(f"mean over the {len(classes)} findings, one row per reconstruction", {"": classes})

@@ -68,6 +68,10 @@ class StudyEvaluator(ClassEvaluator):
     measure: Callable[[np.ndarray, np.ndarray, Sequence[str]], Measures] = field(kw_only=True)
     measured: Measures | None = field(default=None, init=False)
 
+    def label_matrix(self) -> np.ndarray:
+        """See `ClassEvaluator`."""
+        return self.dataset.known_labels_NC
+
     def measures(self, scores_NC: Tensor) -> dict[str, float]:
         """What the benchmark measures."""
         return on_main(lambda: self._measured(scores_NC).metrics)
@@ -168,6 +172,10 @@ class StudyOptions(BenchmarkOptions):
         d, h, w = vision["volume_size"]
         return replace(studies, size=(d, h, w), series_names=names)
 
+    def patient_of(self, study_id: str) -> str:
+        """Whose a study is, for intervals and calibration; the study itself where its name does not say."""
+        return study_id
+
     @abstractmethod
     def measure(
         self, scores_NC: np.ndarray, labels_NC: np.ndarray, classes: Sequence[str], studies: Sequence[str]
@@ -202,6 +210,7 @@ class StudyOptions(BenchmarkOptions):
             name=studies.name,
             encoding=replace(subject.encoding, on_bad_sample="skip" if skip else "stop"),
             store=store,
+            patients=[self.patient_of(study.study_id) for study in studies.studies],
             measure=lambda scores_NC, labels_NC, ids: self.measure(scores_NC, labels_NC, studies.classes, ids),
         )
 
