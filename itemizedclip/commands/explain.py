@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from itemizedclip.commands.questions import QuestionOptions, items_to_ask, score_table
+from itemizedclip.commands.questions import QuestionOptions, SeriesSettings, items_to_ask, score_table
 from itemizedclip.data.scenes import LEVELS, ScenesDataset
 from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.evaluation.explanation import ExplainEvaluator
@@ -34,9 +34,10 @@ from itemizedclip.runtime.flags import read_flags
 from itemizedclip.runtime.logs import literal, progress_bar, shown
 from itemizedclip.runtime.precision import Precision, resolve_precision
 from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, main_first, on_main
+from itemizedclip.viewer.dicom import check_highdicom
 from itemizedclip.viewer.explanation import Explainer, Explanation
 from itemizedclip.viewer.files import ExplanationFiles, write_explanation
-from itemizedclip.viewer.inputs import open_input
+from itemizedclip.viewer.inputs import ModelInput, SeriesChoice, open_input
 from itemizedclip.viewer.sets import open_explain_set
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,9 @@ def run(options: ExplainOptions) -> dict[str, float]:
 def explain_one(options: ExplainOptions, loaded: LoadedModel, texts: list[str], precision: Precision) -> None:
     """Write pictures, volumes and JSON of one input, print its scores."""
     assert options.input is not None
-    source = options.of_study.open(options.input, lambda path, choice: open_input(path, loaded, choice))
+    source = open_to_explain(
+        options.of_study, options.input, lambda path, choice: open_input(path, loaded, choice), options.files
+    )
     remedy = 'give texts by --items "a runway;parked planes" or --items-file'
     items = items_to_ask(texts, options.input, source, remedy=remedy)
     folder = make_output_folder(options.output or folder_named_after(options.input, "explain"))
@@ -167,6 +170,23 @@ def explain_one(options: ExplainOptions, loaded: LoadedModel, texts: list[str], 
     if facts["cut_items"]:
         print(shown(f"Longer than the text tower reads, or just as long: {'; '.join(facts['cut_items'])}"))
     print_written(folder, written)
+
+
+def open_to_explain(
+    settings: SeriesSettings, path: Path, opener: Callable[[Path, SeriesChoice], ModelInput], files: ExplanationFiles
+) -> ModelInput:
+    """Read an input; where DICOM is to be written, make sure that it can be.
+
+    Raises:
+        MissingExtraError: highdicom is not installed.
+        UserError: an input that is no DICOM.
+    """
+    if files.dicom:
+        check_highdicom()
+    source = settings.open(path, opener, keep_headers=files.dicom)
+    if files.dicom and not all(view.sources for view in source.views):
+        raise UserError(f"{path}: is no DICOM study; --dicom writes results that refer to one: leave it out")
+    return source
 
 
 def folder_named_after(source: Path, suffix: str) -> Path:
@@ -205,7 +225,9 @@ def print_written(folder: Path, written: Sequence[Path]) -> None:
     pictures = [path.name for path in written if path.suffix in (".png", ".pdf")]
     volumes = sum(path.name.endswith(".nii.gz") for path in written)
     print(shown(f"written to {folder.resolve()}: {', '.join([*pictures, written[-1].name])}"), end="")
-    print(f", {volumes} volumes in volumes/" if volumes else "")
+    dicom = sum(path.suffix == ".dcm" for path in written)
+    print(f", {volumes} volumes in volumes/" if volumes else "", end="")
+    print(f", {dicom} files in dicom/" if dicom else "")
 
 
 # --- a set -----------------------------------------------------------------------------------------------------------

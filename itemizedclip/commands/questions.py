@@ -44,10 +44,13 @@ class SeriesSettings:
     fill_nan: bool = False
     """Put the lowest value of a series (air) where a voxel has no finite value, such as outside the field of view."""
 
-    def open(self, path: Path, opener: Callable[[Path, SeriesChoice], ModelInput]) -> ModelInput:
+    def open(
+        self, path: Path, opener: Callable[[Path, SeriesChoice], ModelInput], *, keep_headers: bool = False
+    ) -> ModelInput:
         """Read an input by `opener`, say what must be known; ends the command after a list of series."""
+        choice = SeriesChoice(self.series, self.exclude_series, self.list_series, self.fill_nan, keep_headers)
         try:
-            opened = opener(path, SeriesChoice(self.series, self.exclude_series, self.list_series, self.fill_nan))
+            opened = opener(path, choice)
         except SeriesListed as listed:
             print(shown(listed))
             raise SystemExit(0) from None

@@ -54,7 +54,16 @@ class ExplanationFiles:
     nifti: bool = True
     """Studies: write attention as NIfTI, one volume per item and series."""
 
+    dicom: bool = False
+    """Studies from DICOM: also write attention as DICOM, which refers to the source series: one Parametric Map per item
+    and series, one SEG per series of what lies above --seg-threshold."""
+
+    seg_threshold: float = 3.0
+    """Attention from which a voxel belongs to the segment of an item, in multiples of an even spread."""
+
     def __post_init__(self) -> None:
+        if not self.seg_threshold > 0:
+            raise UserError(f"--seg-threshold is {self.seg_threshold}; expected more than 0, such as 3")
         if self.slices < 1:
             raise UserError(f"--slices is {self.slices}; expected at least 1")
 
@@ -90,6 +99,13 @@ def write_explanation(
             )
             if with_images:
                 written += _write_images(explanation, volumes)
+        if settings.dicom:
+            from itemizedclip.viewer.dicom import DicomOrigin, write_dicom
+
+            origin = DicomOrigin(str(facts.get("model", "")), str(facts.get("checkpoint_sha256", "")))
+            written += write_dicom(
+                explanation, folder / "dicom", origin, mode=settings.upsampling, threshold=settings.seg_threshold
+            )
     path = folder / "explanation.json"
     content = describe(explanation) | dict(facts) | {"files": [str(p.relative_to(folder)) for p in written]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,13 +155,16 @@ def _write_montages(explanation: Explanation, folder: Path, settings: Explanatio
 
 
 def _write_images(explanation: Explanation, folder: Path) -> list[Path]:
-    """The series themselves; voxels that several views show in different windows are written once."""
+    """The series themselves; voxels that several views show in different windows are written once.
+
+    Maps of a sheared NIfTI file lie over that file, not over the straight voxels that were made of it.
+    """
     views = explanation.source.views
     first_of = {id(_of_file(view)): n for n, view in reversed(list(enumerate(views)))}
     return [
         write_volume(_of_file(view), view, folder / f"image__{name}.nii.gz")
         for n, (view, name) in enumerate(zip(views, file_names([view.name for view in views])))
-        if first_of[id(_of_file(view))] == n
+        if first_of[id(_of_file(view))] == n and (view.file_grid is None or view.file_grid.sheared is None)
     ]
 
 

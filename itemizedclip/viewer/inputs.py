@@ -39,23 +39,39 @@ Unit = Literal["rgb", "grey", "hu"]
 
 
 @dataclass(frozen=True)
+class VoxelGrid:
+    """Voxels in the world.
+
+    Attributes:
+        shape: voxels (i, j, k).
+        affine: float64 (4, 4), voxel (i, j, k) → world, mm, RAS+.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+
+
+@dataclass(frozen=True)
 class FileGrid:
     """The voxel grid of the file that a series was read from, whose axes lie in another order there.
 
     A view holds the file's voxels, none added or lost, with its axes permuted and flipped. So a map that lies over the
-    view can be written to lie over the file, with the file's own shape and affine.
+    view can be written to lie over the file, with the file's own shape and affine. A file whose axes are not at right
+    angles was resampled on a grid where they are, which stands here in its place; its own is `sheared`.
 
     Attributes:
         shape: voxels (i, j, k) of the file.
         affine: float64 (4, 4), voxel (i, j, k) → world, mm, RAS+.
         view_axis: for each axis of the file, the axis of the view (0 = D, 1 = H, 2 = W) that it became.
         flipped: for each axis of the file, whether the view runs along it backwards.
+        sheared: the file's own voxels, where these are not they.
     """
 
     shape: tuple[int, int, int]
     affine: np.ndarray
     view_axis: tuple[int, int, int]
     flipped: tuple[bool, bool, bool]
+    sheared: VoxelGrid | None = None
 
     def from_view(self, values: np.ndarray) -> np.ndarray:
         """(D, H, W) of the view → (i, j, k) of the file, a view of the same memory."""
@@ -82,6 +98,21 @@ class SliceLabels:
 
 
 @dataclass(frozen=True)
+class SourceSlice:
+    """One image of the DICOM series that a view was read from.
+
+    Attributes:
+        grid: its pixels (column, row, 0) in the world.
+        frame: its number in its file, from 0.
+        header: of its file, without pixels (`pydicom.Dataset`); None unless `SeriesChoice.keep_headers`.
+    """
+
+    grid: VoxelGrid
+    frame: int = 0
+    header: Any = None
+
+
+@dataclass(frozen=True)
 class InputView:
     """One picture, or one series of a study, at its own size.
 
@@ -102,8 +133,10 @@ class InputView:
         slice_labels: what other viewers call its slices; None when the file does not say.
         frame: name of the coordinate system that `affine` leads to (FrameOfReferenceUID): series of one frame show the
             same place at the same mm. "" when the file does not say.
+        sources: the DICOM images it was read from, each where its own header says, in order; empty for other files.
+        window_of: a name of the series that it is one window of, where each window has values of its own; else "".
 
-    Views of one series in several windows share one `values` array: viewers show them as one series.
+    Views of one series in several windows share one `values` array, or `window_of`: viewers show them as one series.
     """
 
     name: str
@@ -118,6 +151,8 @@ class InputView:
     body: BodyPart = ""
     slice_labels: SliceLabels | None = None
     frame: str = ""
+    sources: tuple[SourceSlice, ...] = ()
+    window_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,12 +164,14 @@ class SeriesChoice:
         unwanted: it is not read when these occur.
         list_only: end with a list of what there is.
         fill_nan: put the lowest value of a series where a voxel has no finite one.
+        keep_headers: keep those of DICOM images, for results that refer to them.
     """
 
     wanted: tuple[str, ...] = ()
     unwanted: tuple[str, ...] = ()
     list_only: bool = False
     fill_nan: bool = False
+    keep_headers: bool = False
 
     def takes(self, *names: str) -> bool:
         """Whether a series of these names is read."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -30,7 +32,7 @@ from itemizedclip.viewer.figures import (
     signed,
 )
 from itemizedclip.viewer.geometry import Upsampling, map_to_input
-from itemizedclip.viewer.inputs import FileGrid, InputView
+from itemizedclip.viewer.inputs import FileGrid, InputView, VoxelGrid
 
 _SLAB_SLICES = 16
 """Slices of a view that are enlarged at once: a whole chest at its own size would need gigabytes of positions."""
@@ -85,6 +87,8 @@ def place_of_token(explanation: Explanation, token: int) -> Place:
         x, y, z = (view.affine @ np.array([d, h, w, 1.0]))[:3].tolist()
         world = x, y, z
     file_voxel = None if view.file_grid is None else _in_file(view.file_grid, (d, h, w))
+    if world is not None and view.file_grid is not None and view.file_grid.sheared is not None:
+        file_voxel = _nearest_voxel(view.file_grid.sheared, world)
     return Place(int(s), (d, h, w), file_voxel, world)
 
 
@@ -94,6 +98,12 @@ def _in_file(grid: FileGrid, voxel: tuple[int, int, int]) -> tuple[int, int, int
         n - 1 - voxel[axis] if flip else voxel[axis] for n, axis, flip in zip(grid.shape, grid.view_axis, grid.flipped)
     )
     return i, j, k
+
+
+def _nearest_voxel(grid: VoxelGrid, world_mm: tuple[float, float, float]) -> tuple[int, int, int]:
+    i, j, k = np.rint(np.linalg.solve(grid.affine, [*world_mm, 1.0])[:3]).astype(int).tolist()
+    last_i, last_j, last_k = (n - 1 for n in grid.shape)
+    return min(max(i, 0), last_i), min(max(j, 0), last_j), min(max(k, 0), last_k)
 
 
 def slabs_by_attention(explanation: Explanation, item: int) -> list[Slab]:
@@ -287,6 +297,38 @@ def volume_of_map(grid_map: Tensor, view: InputView, mode: Upsampling) -> np.nda
     return volume
 
 
+def map_in_grid(grid_map: Tensor, view: InputView, grid: VoxelGrid, mode: Upsampling) -> np.ndarray:
+    """A map carried to any grid of the world, such as that of a tilted slice.
+
+    Args:
+        grid_map: (d, h, w).
+        view: whose map it is; one with an affine.
+        grid: where values are wanted.
+        mode: see `map_to_input`.
+
+    Returns:
+        float32 (i, j, k) of the grid, 0 outside the model's crop.
+    """
+    assert view.affine is not None
+    geometry, (I, J, K) = view.geometry, grid.shape
+    scale, offset, view_size = (
+        torch.tensor(values, dtype=torch.float64) for values in (geometry.scale, geometry.offset, geometry.view_size)
+    )
+    way = torch.from_numpy(np.linalg.inv(view.affine) @ grid.affine)
+    in_plane = torch.stack(torch.meshgrid(torch.arange(I), torch.arange(J), indexing="ij"), -1).double() @ way[:3, :2].T
+    method = "nearest" if mode == "nearest" else "bilinear"
+    volume = np.zeros(grid.shape, dtype=np.float32)
+    for k in range(K):
+        edges = in_plane + way[:3, 2] * k + way[:3, 3] + 0.5  # geometries measure between edges
+        at = edges * scale - offset
+        inside = ((at >= 0) & (at < view_size)).all(-1)
+        where = (at / view_size * 2 - 1).flip(-1).float()[None, None]
+        flat = grid_map.float()[None, None]
+        sampled = F.grid_sample(flat, where, mode=method, padding_mode="border", align_corners=False)[0, 0, 0]
+        volume[..., k] = sampled.masked_fill(~inside, 0.0).numpy()
+    return volume
+
+
 def grid_of(view: InputView) -> FileGrid:
     """The grid to write a view's volumes in: its file's, else columns, rows, slices at its spacing."""
     if view.file_grid is not None:
@@ -296,25 +338,40 @@ def grid_of(view: InputView) -> FileGrid:
     return FileGrid((W, H, D), np.diag([w, h, d, 1.0]), (2, 1, 0), (False, False, False))
 
 
-def write_volume(values: np.ndarray, view: InputView, path: Path) -> Path:
-    """Write (D, H, W) as NIfTI in the grid of the view's file: it opens aligned with it.
+def write_map(grid_map: Tensor, view: InputView, path: Path, mode: Upsampling) -> Path:
+    """Write a map (d, h, w) as NIfTI over the voxels of the view's file, in 255 steps of its range.
 
-    Maps are stored in 255 steps of their range; the JSON beside them has peaks and shares exactly. The file's own
-    values are stored as they are.
+    The JSON beside such files has peaks and shares exactly.
+    """
+    if view.file_grid is not None and view.file_grid.sheared is not None:
+        sheared = view.file_grid.sheared
+        return _write_nifti(map_in_grid(grid_map, view, sheared, mode), sheared.affine, path, in_steps=True)
+    values = volume_of_map(grid_map, view, mode)
+    return _write_nifti(grid_of(view).from_view(values), grid_of(view).affine, path, in_steps=True)
+
+
+def write_volume(values: np.ndarray, view: InputView, path: Path) -> Path:
+    """Write a view's own values (D, H, W) as NIfTI, exactly, in the grid of its file: the two lie over each other.
 
     Raises:
         ValueError: nibabel, which is an optional package, is not installed.
     """
+    return _write_nifti(grid_of(view).from_view(values), grid_of(view).affine, path, in_steps=False)
+
+
+def _write_nifti(voxels: np.ndarray, affine: np.ndarray, path: Path, *, in_steps: bool) -> Path:
     try:
         import nibabel
     except ModuleNotFoundError as error:
         raise UserError("writing NIfTI needs the package nibabel: pip install -e '.[radiology]'") from error
-    grid = grid_of(view)
-    image = nibabel.Nifti1Image(np.ascontiguousarray(grid.from_view(values)), grid.affine)
-    image.set_sform(grid.affine, code=1)
-    image.set_qform(grid.affine, code=1, strip_shears=True)
+    image = nibabel.Nifti1Image(np.ascontiguousarray(voxels), affine)
+    image.set_sform(affine, code=1)
+    # A qform has right angles only: of a sheared grid ITK would take it and show the volume elsewhere.
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    is_straight = np.allclose(directions.T @ directions, np.eye(3), atol=1e-3)
+    image.set_qform(affine, code=1 if is_straight else 0, strip_shears=True)
     image.header.set_xyzt_units("mm")
-    if values.dtype.kind == "f" and values is not view.original:
+    if in_steps:
         # 16 bits would be ten times the size on disk, all of it the last digits of interpolated values.
         image.set_data_dtype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -354,10 +411,7 @@ def write_attention_volumes(
             volumes = [(stem, heads_THSdhw[k].mean(0)[s])]
             if per_head:
                 volumes += [(f"{stem}_head{h + 1}", heads_THSdhw[k, h, s]) for h in range(heads_THSdhw.shape[1])]
-            written += [
-                write_volume(volume_of_map(grid_map, view, mode), view, folder / f"{name}.nii.gz")
-                for name, grid_map in volumes
-            ]
+            written += [write_map(grid_map, view, folder / f"{name}.nii.gz", mode) for name, grid_map in volumes]
             if on_progress is not None:
                 on_progress(k * len(views) + s + 1, len(explanation.items) * len(views))
     return written

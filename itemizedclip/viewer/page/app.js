@@ -21,6 +21,7 @@ const state = {
   view: 0, normal: 0, place: [0.5, 0.5, 0.5], // place: shares of the axes, the same in every series
   chosen: [null, null], // item of each pane; the second is null unless two are compared
   head: -1, isSmooth: true, isShown: true, isGrey: true, isEvenShown: false, isCrossShown: false, isOwnScale: false, opacity: 0.75, threshold: 1,
+  isRulerOn: false, ruler: null, // { series, from, to }: places between voxel edges of its views; to is null until it is set
   windows: new Map(), // view number, or "hu" for all of them → { low, high, preset }
 };
 const scratch = newCanvas(1, 1), sliceCanvas = newCanvas(1, 1);
@@ -116,8 +117,9 @@ function itemRow(item) {
   const label = element("label", {}, radio, number, words, score, numbers, strip);
   const compare = element("button", { type: "button", className: "quiet compare", "aria-pressed": "false" }, "Compare");
   compare.addEventListener("click", () => compareWith(item));
-  item.row = element("div", { className: "item" }, label, compare);
-  Object.assign(item, { radio, strip, numbers, compare });
+  const opposed = element("p", { className: "opposed", hidden: true });
+  item.row = element("div", { className: "item" }, label, opposed, compare);
+  Object.assign(item, { radio, strip, numbers, compare, opposed });
   return item.row;
 }
 
@@ -126,13 +128,24 @@ function addItems(added) {
     items.push(item);
     $("item-list").append(itemRow(item));
   }
+  for (const item of items) {
+    item.opposite = oppositeOf(item);
+    item.opposed.hidden = !item.opposite;
+    item.opposed.textContent = item.opposite ? opposedText(item, item.opposite) : "";
+  }
   arrangeItems();
 }
 
+/** In the order chosen; an opposite stands below the item that it denies. */
 function arrangeItems() {
-  const shown = [...items];
-  if ($("order").value === "score") shown.sort((a, b) => b.score - a.score);
-  $("item-list").replaceChildren(...shown.map((item) => item.row));
+  const order = [...items];
+  if ($("order").value === "score") order.sort((a, b) => b.score - a.score);
+  const shown = new Set();
+  for (const item of order) {
+    shown.add(item);
+    if (item.opposite) shown.add(item.opposite);
+  }
+  $("item-list").replaceChildren(...[...shown].map((item) => item.row));
 }
 
 function drawItem(item) {
@@ -199,7 +212,9 @@ function carryPlace(from, to) {
 }
 
 async function showView(number, { keepsPlace = true } = {}) {
-  const isReached = !keepsPlace || carryPlace(views[state.view], views[number]);
+  const from = views[state.view], isSameSeries = seriesOf(number) === seriesOf(state.view);
+  const isReached = !keepsPlace || carryPlace(from, views[number]);
+  const isOneFrame = from.frame && from.frame === views[number].frame;
   state.view = number;
   const view = views[number];
   if (!view.isReady) $("readout").textContent = `Unpacking ${view.name} …`;
@@ -212,7 +227,10 @@ async function showView(number, { keepsPlace = true } = {}) {
   buildPanes();
   buildTools();
   centreTab();
-  $("readout").textContent = isReached ? "Point at the image to read values." : `${nameOf(number)} does not reach this place; its nearest slice is shown.`;
+  const isGuessed = keepsPlace && !isSameSeries && !isOneFrame && isVolume(view);
+  $("readout").textContent = !isReached ? `${nameOf(number)} does not reach this place; its nearest slice is shown.`
+    : isGuessed ? "Not known to lie in one frame of reference: the same share of every axis is shown, not the same mm."
+    : "Point at the image to read values.";
   redraw();
 }
 
@@ -258,7 +276,7 @@ function buildSeen() {
   $("seen").hidden = numbers.length < 2;
   $("seen-chips").replaceChildren(...numbers.map((number, k) => {
     const button = chip(labels[k], () => {
-      setWindow({ preset: AS_THE_MODEL, low: views[number].window[0], high: views[number].window[1] });
+      if (views[number].window) setWindow({ preset: AS_THE_MODEL, low: views[number].window[0], high: views[number].window[1] });
       showView(number);
     });
     button.append(" ", element("span", { className: "dim" }));
@@ -317,7 +335,7 @@ function chip(text, act) {
 function buildTools() {
   const view = currentView();
   $("grey-field").hidden = isVolume(view);
-  $("cross-field").hidden = !isVolume(view);
+  $("cross-field").hidden = $("ruler-field").hidden = $("ruler-note").hidden = !isVolume(view);
   buildSeen();
   $("tools").hidden = $("presets").hidden = $("planes").hidden = $("window").hidden = !isVolume(view);
   if (!isVolume(view)) return;
@@ -431,7 +449,7 @@ function buildPane(k) {
   const scale = element("span", { className: "scale", role: "img", "aria-label": "Scale bar", hidden: true });
   const even = element("p", { className: "even-note", role: "status", hidden: true });
   const well = element("div", { className: "well", tabIndex: 0, role: "group" }, canvas, ...letters, even, scale, ...cross);
-  well.setAttribute("aria-label", "Image: arrow keys change the slice, P goes to the peak, O hides the attention");
+  well.setAttribute("aria-label", "Image: arrow keys change the slice, Shift and arrow keys move the crosshair, M measures from one place of it to another, P goes to the peak, O hides the attention");
   const title = element("p", { className: "title" });
   const peak = element("button", { type: "button", className: "quiet" }, "Go to peak");
   peak.addEventListener("click", () => goToPeak(state.chosen[k]));
@@ -453,11 +471,16 @@ function listenTo(pane) {
   }, { passive: false });
   well.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.shiftKey && event.key.startsWith("Arrow") && isVolume(currentView())) {
+      event.preventDefault();
+      return stepCross(event.key);
+    }
     const act = {
       ArrowUp: () => stepSlice(-1), ArrowLeft: () => stepSlice(-1), ArrowDown: () => stepSlice(1), ArrowRight: () => stepSlice(1),
       PageUp: () => stepSlice(-PAGE_STEP), PageDown: () => stepSlice(PAGE_STEP),
       Home: () => setSlice(0), End: () => setSlice(currentPlane().count - 1),
       p: () => state.chosen[pane.k] && goToPeak(state.chosen[pane.k]), o: toggleAttention,
+      ...(isVolume(currentView()) ? { c: () => showCross(!state.isCrossShown), m: measureAtCross } : {}),
     }[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     const needsSlices = event.key.length > 1;
     if (!act || (needsSlices && currentPlane().count < 2)) return;
@@ -467,6 +490,7 @@ function listenTo(pane) {
   canvas.addEventListener("pointermove", (event) => readOut(event, canvas));
   canvas.addEventListener("pointerdown", (event) => {
     readOut(event, canvas);
+    if (state.isRulerOn && isVolume(currentView())) return dragRuler(event, canvas);
     if (state.isCrossShown && isVolume(currentView())) return moveCross(event, canvas);
     if (event.pointerType === "mouse" && event.button === 0 && isVolume(currentView())) dragWindow(event, canvas);
   });
@@ -484,36 +508,18 @@ function dragWindow(start, canvas) {
   const move = (event) => setLevelAndWidth(
     (low + high) / 2 + (event.clientY - start.clientY) * perPixel, high - low + (event.clientX - start.clientX) * perPixel,
   );
-  const stop = () => {
-    canvas.removeEventListener("pointermove", move);
-    canvas.removeEventListener("pointerup", stop);
-    canvas.removeEventListener("pointercancel", stop);
-  };
-  canvas.setPointerCapture(start.pointerId);
-  canvas.addEventListener("pointermove", move);
-  canvas.addEventListener("pointerup", stop);
-  canvas.addEventListener("pointercancel", stop);
+  followPointer(start, canvas, (event) => event !== start && move(event));
 }
 
 /** The crosshair goes to the pointer and follows it: the slices of the other planes and series with it. */
 function moveCross(start, canvas) {
-  const go = (event) => {
+  followPointer(start, canvas, (event) => {
     const box = canvas.getBoundingClientRect(), plane = currentPlane();
     const voxel = plane.voxelAt((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height, sliceOf(plane));
     if (!voxel) return;
     for (const axis of [plane.across, plane.down]) state.place[axis] = (voxel[axis] + 0.5) / plane.view.size[axis];
     redraw();
-  };
-  const stop = () => {
-    canvas.removeEventListener("pointermove", go);
-    canvas.removeEventListener("pointerup", stop);
-    canvas.removeEventListener("pointercancel", stop);
-  };
-  go(start);
-  if (start.isPrimary) canvas.setPointerCapture(start.pointerId);
-  canvas.addEventListener("pointermove", go);
-  canvas.addEventListener("pointerup", stop);
-  canvas.addEventListener("pointercancel", stop);
+  });
 }
 
 function drawCross(pane, plane, [width, height]) {
@@ -530,6 +536,7 @@ function readOut(event, canvas) {
   const box = canvas.getBoundingClientRect(), plane = currentPlane();
   if (!plane.view.isReady) return;
   const voxel = plane.voxelAt((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height, sliceOf(plane));
+  $("readout").removeAttribute("aria-live");
   if (voxel) $("readout").textContent = describe(plane, voxel);
 }
 
@@ -589,6 +596,7 @@ function drawPane(pane, plane, slice) {
     paintTokens(context, scratch, plane, tokens, colours, top, state.isSmooth);
   }
   paintMarks(context, plane, slice, item && state.isShown && isLocalised(attention) ? attention : null);
+  paintRuler(context, plane, slice);
   drawScale(pane, plane, size[0]);
   drawCross(pane, plane, size);
   pane.even.hidden = !item || !state.isShown || isLocalised(attention);
@@ -613,6 +621,7 @@ function draw() {
   const slice = sliceOf(plane);
   drawTools(plane.view);
   drawSlices(plane, slice);
+  drawRulerNote(plane.view);
   for (const pane of panes) drawPane(pane, plane, slice);
 }
 
@@ -656,6 +665,8 @@ function listenToControls() {
   on("show", "change", (field) => (state.isShown = field.checked));
   on("even", "change", (field) => (state.isEvenShown = field.checked));
   on("cross", "change", (field) => (state.isCrossShown = field.checked));
+  on("ruler", "change", (field) => (state.isRulerOn = field.checked));
+  on("ruler-away", "click", () => (state.ruler = null));
   on("grey", "change", (field) => (state.isGrey = field.checked));
   on("order", "change", arrangeItems);
   on("slice", "input", (field) => setSlice(Number(field.value)));

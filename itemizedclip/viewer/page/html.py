@@ -31,7 +31,7 @@ from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import COLOUR_MAP, LEAST_PEAK, MIN_SCALE_TOP
 from itemizedclip.viewer.inputs import InputView
 
-SCRIPTS = ("data.js", "planes.js", "paint.js", "export.js", "app.js")
+SCRIPTS = ("data.js", "planes.js", "paint.js", "opposites.js", "measure.js", "export.js", "app.js")
 """Parts of the page's one script, in this order."""
 
 MOST_LOSSLESS_PIXELS = 4_000_000
@@ -43,8 +43,11 @@ LONGEST_SIDE = 8192
 MOST_EXACT_VOXELS = 40_000_000
 """HU of larger volumes are stored in steps of one byte (`HU_STEPS`), which halves the page."""
 
-HU_STEPS = np.concatenate([np.arange(-1024, -200, 16), np.arange(-200, 300, 4), np.arange(300, 3072, 36)])
-"""Lowest HU of each of 254 steps: 4 HU wide where soft tissue lies, 16 below, 36 above."""
+HU_STEPS = np.concatenate(
+    [np.arange(-1024, -950, 37), np.arange(-950, -200, 15), np.arange(-200, 300, 4), np.arange(300, 3072, 36)]
+)
+"""Lowest HU of each of 254 steps: 4 HU wide where soft tissue lies, 15 in lungs, 37 in air, whose noise would be half
+of the page, 36 above."""
 
 _MANTISSA_BITS = 12
 """Attention is kept to this many binary digits (1 in 8,000), which halves its size."""
@@ -99,7 +102,7 @@ def report_html(
         if _is_rounded(view):
             notes.append(
                 f"{view.name}: {view.values.size / 1e6:.0f} million voxels, HU rounded to steps of 4 between −200 and "
-                "300, 16 below and 36 above; `itemizedclip explain` writes them exactly, as NIfTI"
+                "300, 15 from −950 on, 37 below, 36 above; `itemizedclip explain` writes them exactly, as NIfTI"
             )
         first = next(one.views[0] for one in series if number in one.views)
         packed = views[first]["values"] if first < number else _packed(fitting, f"view-{number}", blocks)
@@ -164,10 +167,10 @@ class SeriesOfViews:
 
 
 def series_of_views(views: Sequence[InputView]) -> list[SeriesOfViews]:
-    """The series of a study: views that share their voxels are windows of one."""
-    numbers: dict[int, list[int]] = {}
+    """The series of a study: views that share their voxels, or say so (`window_of`), are windows of one."""
+    numbers: dict[int | str, list[int]] = {}
     for number, view in enumerate(views):
-        numbers.setdefault(id(view.values), []).append(number)
+        numbers.setdefault(view.window_of or id(view.values), []).append(number)
     series = []
     for group in numbers.values():
         names = [views[number].name for number in group]

@@ -24,6 +24,7 @@ from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.viewer.inputs import SourceSlice, VoxelGrid
 from itemizedclip_radiology.data.scans import MAX_VOLUMES, MAX_VOXELS, Plane, Scan, plain_voxels, plane_of
 
 MIN_SLICES = 8
@@ -531,11 +532,16 @@ def _same_acquisition(one: DicomSeries, other: DicomSeries) -> bool:
 # --- voxels ----------------------------------------------------------------------------------------------------------
 
 
-def read_dicom(series: DicomSeries, *, fill: bool = False) -> Scan:
+def read_dicom(series: DicomSeries, *, fill: bool = False, keep_headers: bool = False) -> Scan:
     """The voxels of one series, rescaled (HU for CT), on an even grid whose affine is that of the slices' positions.
 
     Where slices are missing their place is filled with the lowest value and named in the warnings; where the spacing
     varies by design slices are interpolated.
+
+    Args:
+        series: one of `find_dicom_series`.
+        fill: see `plain_voxels`.
+        keep_headers: keep those of its files with the scan's `sources`.
 
     Raises:
         BadSampleError: a file whose pixels cannot be decoded, or are no grey values; positions that are no stack.
@@ -555,9 +561,7 @@ def read_dicom(series: DicomSeries, *, fill: bool = False) -> Scan:
     warnings = [f"{label}: {warning}" for warning in series.warnings]
     voxels, first, step = _even(series, voxels, source, warnings, label)
     one = series.slices[0]
-    affine = np.eye(4)
-    affine[:3, 0] = np.array(one.direction[:3]) * one.spacing[1]
-    affine[:3, 1] = np.array(one.direction[3:]) * one.spacing[0]
+    affine = _affine(one)
     affine[:3, 2], affine[:3, 3] = step, first
     values = plain_voxels(voxels.transpose(2, 1, 0), source, fill=fill)
     if values.min() == values.max():
@@ -574,7 +578,28 @@ def read_dicom(series: DicomSeries, *, fill: bool = False) -> Scan:
         series.plane,
         slice_labels=_slice_labels(series, first, step, len(voxels)),
         frame=one.frame_of_reference,
+        sources=_sources(series, keep_headers),
     )
+
+
+def _sources(series: DicomSeries, keep_headers: bool) -> tuple[SourceSlice, ...]:
+    """The slices where their own headers say."""
+    headers = {path: pydicom.dcmread(path, stop_before_pixels=True) for path in series.files if keep_headers}
+    return tuple(
+        SourceSlice(
+            VoxelGrid((one.size[1], one.size[0], 1), _LPS_TO_RAS @ _affine(one)), one.frame, headers.get(one.path)
+        )
+        for one in series.slices
+    )
+
+
+def _affine(one: DicomSlice) -> np.ndarray:
+    """(column, row, a step of 1 mm along the normal) of a slice → mm LPS."""
+    row, column = np.array(one.direction[:3]), np.array(one.direction[3:])
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = row * one.spacing[1], column * one.spacing[0]
+    affine[:3, 2], affine[:3, 3] = np.cross(row, column), one.position
+    return affine
 
 
 def _slice_labels(series: DicomSeries, first: np.ndarray, step: np.ndarray, count: int) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from nibabel.affines import voxel_sizes
 from scipy import ndimage
 
 from itemizedclip.data.batch import BadSampleError
-from itemizedclip.viewer.inputs import FileGrid
+from itemizedclip.viewer.inputs import FileGrid, SourceSlice, VoxelGrid
 
 Plane = Literal["AX", "COR", "SAG"]
 """Which way slices lie: across, from front to back, from side to side."""
@@ -63,6 +63,8 @@ class Scan:
         plane: in which its slices were taken, None when the file does not say.
         slice_labels: what other viewers call its slices, one text per k; empty when the file does not say.
         frame: FrameOfReferenceUID, "" when the file does not say.
+        sources: the DICOM images it was read from.
+        sheared: the file's own grid, where `voxels` were resampled from it; that of DICOM images stands in `sources`.
     """
 
     name: str
@@ -75,6 +77,8 @@ class Scan:
     plane: Plane | None = None
     slice_labels: tuple[str, ...] = ()
     frame: str = ""
+    sources: tuple[SourceSlice, ...] = ()
+    sheared: VoxelGrid | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,8 @@ def orient(scan: Scan, codes: str | None, *, largest_spacing_first: bool = False
         turn[:, 0] = [order.index(int(axis)) for axis in turn[:, 0]]
     affine = scan.affine @ orientations.inv_ornt_aff(turn, scan.voxels.shape)
     (i, j, k), (flip_i, flip_j, flip_k) = turn[:, 0].astype(int).tolist(), (turn[:, 1] < 0).tolist()
-    grid = FileGrid(scan.voxels.shape, np.array(scan.affine, dtype=np.float64), (i, j, k), (flip_i, flip_j, flip_k))
+    file_affine, flipped = np.array(scan.affine, dtype=np.float64), (flip_i, flip_j, flip_k)
+    grid = FileGrid(scan.voxels.shape, file_affine, (i, j, k), flipped, scan.sheared)
     d, h, w = (float(size) for size in voxel_sizes(affine))
     return OrientedScan(grid.to_view(scan.voxels), (d, h, w), affine, grid, plane_of(affine))
 
@@ -227,7 +232,9 @@ def straightened(scan: Scan) -> Scan:
     note = f"{scan.name}: {what}; resampled on a straight grid of {'×'.join(map(str, size))} voxels"
     # The new slices lie in the planes of the old ones, if they are as many.
     labels = scan.slice_labels if size[2] == len(scan.slice_labels) else ()
-    return replace(scan, voxels=voxels, affine=affine, warnings=[*scan.warnings, note], slice_labels=labels)
+    own = None if scan.sources else VoxelGrid(scan.voxels.shape, scan.affine)
+    warnings = [*scan.warnings, note]
+    return replace(scan, voxels=voxels, affine=affine, warnings=warnings, slice_labels=labels, sheared=own)
 
 
 def check_field_of_view(scan: Scan, body: Body) -> None:

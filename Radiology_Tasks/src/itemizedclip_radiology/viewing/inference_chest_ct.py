@@ -21,7 +21,13 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from itemizedclip.commands.explain import folder_named_after, make_output_folder, print_written, write_with_progress
+from itemizedclip.commands.explain import (
+    folder_named_after,
+    make_output_folder,
+    open_to_explain,
+    print_written,
+    write_with_progress,
+)
 from itemizedclip.commands.questions import SeriesSettings, check_texts_flags, read_items_file, score_table, split_texts
 from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.runtime.errors import UserError, reported_errors
@@ -138,7 +144,9 @@ def run(options: InferenceOptions) -> Explanation:
     loaded = load_chest_model(options)
     settings = ChestSettings(options.input_info, options.double_rescale, options.read_as_is)
     chest = settings.chest_input(loaded.config["vision_cfg"]["volume_size"], loaded.meta.get("transform"))
-    source = options.of_study.open(options.scan, lambda path, choice: open_input(path, loaded, choice, chest))
+    source = open_to_explain(
+        options.of_study, options.scan, lambda path, choice: open_input(path, loaded, choice, chest), options.files
+    )
     folder = make_output_folder(options.output or folder_named_after(options.scan, "findings"))
     prompts = [prompt_of(name) for name in names]
     precision = resolve_precision(options.precision, loaded.model.logit_scale.device)

@@ -430,7 +430,7 @@ def _scans(
             scans.append(replace(volume, name=f"{stem}{label}"))
     for one in dicom:
         try:
-            scans.append(read_dicom(one, fill=choice.fill_nan))
+            scans.append(read_dicom(one, fill=choice.fill_nan, keep_headers=choice.keep_headers))
         except BadSampleError as error:
             problems.append(str(error))
     return scans
@@ -463,7 +463,10 @@ def _brain_tensors(
         grey = (volume.float() * (255 / white)).round_().clamp_(0, 255).to(torch.uint8).numpy()
         geometry = _of_voxel_map(Geometry.of_input(grey.shape), loaded.voxel_maps[number], size)
         grid = assumed_grid(grey.shape, BRAIN_CODES, (1.0, 1.0, 1.0))
-        series.append(PreparedSeries(loaded.image[number], InputView(name, grey, "grey", geometry, file_grid=grid)))
+        path = loaded.sources[number]
+        series_folder = str(path.parent) if path.name in WINDOWS else ""
+        view = InputView(name, grey, "grey", geometry, file_grid=grid, window_of=series_folder)
+        series.append(PreparedSeries(loaded.image[number], view))
     remarks.warnings += [f"series left out: {message}" for _, message in loaded.skipped]
     remarks.notes.append(
         ".pt files say nothing about voxel size and orientation: written volumes have voxels of 1 mm, counted as the "
@@ -535,6 +538,7 @@ def _brain_series(
         body="head",
         slice_labels=_labels_in_view(scan, turned.file_grid),
         frame=scan.frame,
+        sources=scan.sources,
     )
     return PreparedSeries(normalise_grey(volume, "0-1")[None], view)
 
@@ -608,6 +612,7 @@ def _open_chest(source: Path, options: ChestInput, choice: SeriesChoice, remarks
         file_grid=turned.file_grid,
         slice_labels=_labels_in_view(scan, turned.file_grid),
         frame=scan.frame,
+        sources=scan.sources,
     )
 
 
