@@ -11,6 +11,7 @@ folders and logs. Messages name addresses and kinds of errors, never what a libr
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -20,8 +21,9 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -29,6 +31,7 @@ from urllib.parse import quote
 
 from itemizedclip.runtime.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, FileCache, default_cache
 from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.files import replacing
 from itemizedclip.runtime.registry import MissingExtraError
 
 logger = logging.getLogger(__name__)
@@ -187,14 +190,6 @@ class Address:
             words = [quote(word) for word in words]
         return Address(self.scheme, "/".join([self.path, *words]))
 
-    def relative_to(self, folder: Address | Path) -> Path:
-        """The way from a folder to it.
-
-        Raises:
-            ValueError: it does not lie below.
-        """
-        return Path(self.url).relative_to(Path(str(folder)))
-
     def resolve(self) -> Address:
         """Itself."""
         return self
@@ -248,13 +243,27 @@ class Address:
             return []
         return sorted((Address.of(self._with_scheme(str(name))) for name in found), key=str)
 
-    def local(self) -> Path:
-        """A copy of the whole file in the cache.
+    def local(self, check: Callable[[Path], str] = lambda path: "") -> Path:
+        """A copy of the whole file in the cache; see `RemoteFile.local`.
 
         Raises:
             MissingFileError, RemoteError: as `file`.
         """
-        return self.file().local()
+        return self.file().local(check)
+
+    def named_copy(self) -> Path:
+        """A copy of a small file under its own name, such as an index whose name says what it holds.
+
+        Raises:
+            MissingFileError, RemoteError: as `file`.
+        """
+        file = self.file()
+        digest = hashlib.sha256(f"{self} {file.size} {file.identity}".encode()).hexdigest()[:40]
+        copy = cache().folder / "named" / digest / self.name
+        if not copy.is_file():
+            with replacing(copy) as part:
+                part.write_bytes(file.fetch(0, file.size))
+        return copy
 
     def read_bytes(self) -> bytes:
         """The whole content of a small file; nothing is kept."""
@@ -274,6 +283,23 @@ class Address:
 
 Place = Path | Address
 """Where data lie: on this machine, or elsewhere."""
+
+
+def here(given: Place) -> Path:
+    """A small file that a user named, on this machine: the path itself, or a copy of what lies at an address."""
+    return given.named_copy() if isinstance(given, Address) else given
+
+
+def relative_path(file: Place, folder: Place) -> Path:
+    """The way from a folder to a file below it."""
+    return Path(str(file)).relative_to(Path(str(folder)))
+
+
+def names_in(folder: Place) -> set[str]:
+    """Names of what lies directly in a folder; empty when there is none."""
+    if isinstance(folder, Address):
+        return folder.names()
+    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 @dataclass(frozen=True)
@@ -353,20 +379,28 @@ class RemoteFile:
         """The file, to be read from end to end."""
         return cast(BinaryIO, io.BufferedReader(_Sequential(self), buffer_size=2**20))
 
-    def local(self) -> Path:
-        """A copy of the whole file in the cache."""
+    def local(self, check: Callable[[Path], str] = lambda path: "") -> Path:
+        """A copy of the whole file in the cache.
+
+        Args:
+            check: file → what is wrong with it, "" when nothing is; a bad one is fetched again, until two copies in
+                turn are equal: then that is how it lies there.
+        """
 
         def make(part: Path) -> None:
-            starts = range(0, self.size, BLOCK_BYTES)
-            with part.open("wb") as file:
-                for content in fetch_many([(self, start, BLOCK_BYTES) for start in starts]):
-                    file.write(content)
+            before = b""
+            for _ in range(patience.attempts):
+                digest = hashlib.sha256()
+                with part.open("wb") as file:
+                    for content in fetch_many((self, start, BLOCK_BYTES) for start in range(0, self.size, BLOCK_BYTES)):
+                        digest.update(content)
+                        file.write(content)
+                if digest.digest() == before or not check(part):
+                    return
+                before = digest.digest()
+                logger.debug("%s: came damaged, fetched again", self.address)
 
         return cache().get(f"{self.address} {self.size} {self.identity}", make)
-
-    def forget(self) -> None:
-        """Take its copy out of the cache, because it is damaged."""
-        cache().drop(f"{self.address} {self.size} {self.identity}")
 
     def _block_name(self, block: int) -> str:
         return f"{self.address} {self.size} {self.identity} {BLOCK_BYTES}:{block}"
@@ -388,10 +422,16 @@ class RemoteFile:
         return self.fetch(block * BLOCK_BYTES, BLOCK_BYTES)
 
 
-def fetch_many(ranges: Iterable[tuple[RemoteFile, int, int]]) -> Iterable[bytes]:
-    """Ranges (file, start, size) in their order, several requests at a time."""
+def fetch_many(ranges: Iterable[tuple[RemoteFile, int, int]]) -> Iterator[bytes]:
+    """Ranges (file, start, size) in their order; as many requests, and contents that wait, as `CONNECTIONS`."""
     with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch") as pool:
-        yield from pool.map(lambda one: one[0].fetch(one[1], one[2]), ranges)
+        under_way: deque[Future[bytes]] = deque()
+        for file, start, size in ranges:
+            if len(under_way) == CONNECTIONS:
+                yield under_way.popleft().result()
+            under_way.append(pool.submit(file.fetch, start, size))
+        while under_way:
+            yield under_way.popleft().result()
 
 
 def files_of(addresses: Sequence[Address]) -> list[RemoteFile | None]:

@@ -406,7 +406,8 @@ class _Bounded:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._size = os.fstat(file.fileno()).st_size
+        self._size = file.seek(0, os.SEEK_END)
+        file.seek(0)
 
     def read(self, size: int) -> bytes:
         return self._file.read(max(0, min(size, self._size - self._file.tell())))

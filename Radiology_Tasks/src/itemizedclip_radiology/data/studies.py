@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.runtime.remote import Place
 from itemizedclip_radiology.data.volumes import (
     GreyRange,
     Size,
@@ -43,7 +43,7 @@ class SeriesFile:
     """
 
     name: str
-    path: Path
+    path: Place
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class LoadedStudy:
     image: Tensor
     names: list[str]
     series_names: Tensor | None
-    sources: list[Path]
+    sources: list[Place]
     voxel_maps: list[VoxelMap]
     grey_ranges: list[GreyRange]
     skipped: list[tuple[SeriesFile, str]]
