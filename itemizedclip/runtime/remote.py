@@ -75,8 +75,8 @@ class Patience:
 
     def pause_s(self, attempt: int) -> float:
         """Seconds before request number `attempt`, from 1."""
-        pause = min(self.longest_pause_s, self.first_pause_s * 2 ** (attempt - 1))
-        return pause * (1 - 0.5 * random.random())  # noqa: S311  spreads requests, keeps no secret
+        pause = min(self.longest_pause_s, self.first_pause_s * 2.0 ** (attempt - 1))
+        return float(pause * (1 - 0.5 * random.random()))  # noqa: S311  spreads requests, keeps no secret
 
 
 patience = Patience()

@@ -480,6 +480,22 @@ def _read_sample(name: str, members: _Members, caption_field: str) -> tuple[str,
     return key, _index_of(name, key, fields.get("index")), fallback_items(fields.get(caption_field))
 
 
+def parse_members(name: str, extension: str, json_text: bytes | None, caption_field: str) -> tuple[str, int, list[str]]:
+    """Key, index in the item file (−1: none) and own captions of a sample that came without its shard.
+
+    Args:
+        name: its name in the shard.
+        extension: ending of its image; "" when it has none.
+        json_text: its JSON, if it has any.
+        caption_field: JSON field of its own captions.
+
+    Raises:
+        BadSampleError: members that make no sample.
+    """
+    members = _Members(image_name=f"{name}.{extension}" if extension else "", json_text=json_text)
+    return _read_sample(name, members, caption_field)
+
+
 def _index_of(name: str, key: str, index: object) -> int:
     """Index in the item file; −1 for a key that gives none, which matters only where there is an item file."""
     if index is None:
