@@ -147,6 +147,11 @@ class CheckedDataset(Dataset[tuple[ItemSample, list[str]]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def prefetch(self, keys: Sequence[Key]) -> None:
+        """Tell the dataset which samples come next, if it cares (data that lie elsewhere)."""
+        if hasattr(self.dataset, "prefetch"):
+            self.dataset.prefetch(keys)
+
     def __getitem__(self, key: Key) -> tuple[ItemSample, list[str]]:
         epoch, index = key
         messages: list[str] = []

@@ -240,6 +240,14 @@ class WatchedDataset(torch.utils.data.Dataset[Any]):
             self.watch.busy(worker.id, *key)
         return self.dataset[key]
 
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
+        """A batch at once, as PyTorch's loader asks for it: data that lie elsewhere come several at a time."""
+        worker = get_worker_info()
+        if worker is not None and keys:
+            self.watch.busy(worker.id, *keys[0])
+        self.dataset.prefetch(keys)
+        return [self[key] for key in keys]
+
 
 def kill_loader_processes() -> None:
     """End this process's loader processes, also those that hear nothing; PyTorch would wait for them."""

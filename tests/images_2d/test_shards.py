@@ -147,8 +147,8 @@ def test_expand_shards(tmp_path):
     [
         ("", "a source is empty"),
         ("a.tar::", "a source is empty"),
-        ("pipe:cat a.tar", "commands and addresses are not followed"),
-        ("https://host/a.tar", "commands and addresses are not followed"),
+        ("pipe:cat a.tar", "commands are followed with --stream only"),
+        ("ftp://host/a.tar", "addresses of this kind are not followed"),
         ("/nowhere/{00000..00003}.tar", r"4 of 4 files do not exist: /nowhere/00000.tar, .* …; check"),
         ("/nowhere/{00000..00003.tar", "a brace is not closed"),
         ("/nowhere/*.tar", "no file matches"),

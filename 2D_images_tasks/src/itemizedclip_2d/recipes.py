@@ -19,6 +19,8 @@ import tyro
 from itemizedclip.data.items import load_item_lists
 from itemizedclip.data.preflight import PreflightError, check_dataset
 from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.files import file_sha256
+from itemizedclip.runtime.flags import check
 from itemizedclip.runtime.processes import on_main
 from itemizedclip.training.engine import TrainResult
 from itemizedclip.training.loading import MapSource
@@ -35,6 +37,7 @@ from itemizedclip.training.recipes import Opening, TrainingData, train_door
 from itemizedclip.training.run import Evaluator
 from itemizedclip_2d.rsicd import RsicdDataset, load_external_captions, resolve_validation_split
 from itemizedclip_2d.shard_index import expand_shards, open_shards
+from itemizedclip_2d.shard_stream import ShardStream, StreamSource, check_stream, stream_fingerprint, stream_sources
 from itemizedclip_2d.shards import ShardDataset, ShardSampler
 
 logger = logging.getLogger(__name__)
@@ -141,7 +144,8 @@ class ShardData:
     """Natural images: webdataset shards and their items."""
 
     train_data: str = ""
-    """Training shards: brace ranges such as 'DIR/{00000..00057}.tar', folders or patterns, joined by '::'."""
+    """Training shards: brace ranges such as 'DIR/{00000..00057}.tar', folders or patterns, joined by '::'; DIR may be
+    an address, s3://, gs://, hf:// or http(s)://."""
 
     val_data: str = ""
     """Validation shards, in the same form; empty: no validation."""
@@ -161,6 +165,10 @@ class ShardData:
     dataset_resampled: bool = False
     """Draw the samples of an epoch with replacement."""
 
+    stream: bool = False
+    """Read shards from end to end by webdataset, also `pipe:COMMAND`: shards drawn with replacement, epochs of
+    --train-num-samples, other samples after --resume. For stores where reading at a place is slow."""
+
     shard_window: int = 0
     """For slow disks: shuffle within so many shards at a time, read ahead as a whole; 0: among all samples."""
 
@@ -172,6 +180,11 @@ class ShardData:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; expected at least {lowest}")
+        check(
+            not self.stream or self.train_num_samples is not None,
+            "--stream has no epochs of its own; give the samples of one with --train-num-samples",
+        )
+        check(not self.stream or not self.shard_window, "--shard-window belongs to reading at places; drop --stream")
 
     def open(self, opening: Opening) -> TrainingData:
         """Natural images from shards, in their own order, and the retrieval evaluator over the validation shards.
@@ -220,7 +233,7 @@ class ShardData:
                 resampled=self.dataset_resampled,
             )
 
-        def check() -> None:
+        def check_data() -> None:
             dataset = split(self.train_data, is_train=True)
             order(dataset)
             check_dataset(dataset, opening.collator, step_batch=1, world_size=1)
@@ -228,8 +241,14 @@ class ShardData:
             if self.val_data:
                 logger.info("Validation shards: %s", split(self.val_data, is_train=False).summary)
 
+        evaluators: list[Evaluator] = []
+        if self.stream:
+            on_main(lambda: split(self.val_data, is_train=False) if self.val_data else None)
+            if self.val_data:
+                evaluators.append(opening.retrieval(split(self.val_data, is_train=False), "val"))
+            return self._streamed(opening, items_path, evaluators)
         # The main rank first: one process reads new shards and reports what is wrong with the files.
-        on_main(check)
+        on_main(check_data)
         dataset = split(self.train_data, is_train=True)
         sampler = order(dataset)
         if ranks.is_main and sampler.num_samples >= 2 * len(dataset):
@@ -237,11 +256,28 @@ class ShardData:
                 "an epoch of %d samples passes over the %d images %.1f times; one pass: --train-num-samples None",
                 sampler.num_samples, len(dataset), sampler.num_samples / len(dataset),
             )  # fmt: skip
-        evaluators: list[Evaluator] = []
         if self.val_data:
             evaluators.append(opening.retrieval(split(self.val_data, is_train=False), "val"))
         source = MapSource(dataset, opening.collator, loading, ranks, seed=options.run.seed, sampler=sampler)
         return TrainingData(dataset, evaluators, dataset.fingerprint, source)
+
+    def _streamed(self, opening: Opening, items_path: Path | None, evaluators: list[Evaluator]) -> TrainingData:
+        loading, ranks = opening.options.loading, opening.ranks
+        stream = ShardStream(
+            sources=stream_sources(self.train_data),
+            transform=opening.transform(is_train=True),
+            items=None if items_path is None else load_item_lists(items_path, integer_keys=True),
+            num_items=loading.num_sampled_captions,
+            seed=opening.options.run.seed,
+            rank=ranks.rank,
+            caption_field=self.caption_field,
+            on_bad_sample=loading.on_bad_sample,
+        )
+        assert self.train_num_samples is not None
+        source = StreamSource(stream, opening.collator, loading, ranks, samples_per_epoch=self.train_num_samples)
+        on_main(lambda: check_stream(stream))
+        fingerprint = stream_fingerprint(stream.sources, "" if items_path is None else file_sha256(items_path))
+        return TrainingData(None, evaluators, fingerprint, source)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ The price is reads in random order. On a local disk, or when the shards fit into
 that costs nothing. For slow network disks `window` gives nearly sequential reads: the shards are shuffled, and samples
 are shuffled within `window` shards at a time, which the system is asked to read ahead as a whole.
 
+Shards at an address (s3://, https://, …) are the same data set with the same order. Where all of them fit into the
+cache of this machine, or with a window, they come in blocks that are kept; otherwise the images of a batch come in
+ranges of their own, several at a time. Every image is compared with the checksum that its index holds.
+
 Axes: N samples, n samples of an epoch, W ranks, K item slots.
 """
 
@@ -22,11 +26,12 @@ import hashlib
 import json
 import logging
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -39,6 +44,7 @@ from itemizedclip.data.images import decode_photograph
 from itemizedclip.data.items import diverse_sample, sample_rng, seeded_transforms
 from itemizedclip.data.preflight import PreflightError
 from itemizedclip.data.sampler import EpochSampler, Key
+from itemizedclip.runtime import remote
 from itemizedclip.runtime.processes import stable_seed
 from itemizedclip_2d.packed_items import PackedItems
 from itemizedclip_2d.shard_index import SHARD_REMEDY, ShardIndex, endings_found, listed_counts, no_index
@@ -49,6 +55,7 @@ OnBadSample = Literal["skip", "stop"]
 
 _MAX_OPEN_SHARDS = 64
 _MAX_LISTED = 5
+_MORE_ATTEMPTS = 3
 _REPEATS = 2**20
 """Distance of the epoch numbers of repeated draws; see `ShardSampler.keys`."""
 
@@ -159,11 +166,17 @@ class ShardDataset(Dataset[ItemSample]):
         number, row = int(self.shard_of[self._checked(index)]), int(self._row[index])
         shard = self.shards[number]
         name = f"{shard.path}: {shard.names[row]}"
+        if shard.remote is not None:
+            return decode_photograph(self._files.fetched(number, row), source=name)
         try:
             encoded = self._files.read(number, int(shard.starts[row]), int(shard.sizes[row]))
         except OSError as error:
             raise BadSampleError(f"{name}: cannot be read ({error.strerror or error}). {SHARD_REMEDY}") from None
         return decode_photograph(encoded, source=name)
+
+    def prefetch(self, keys: Sequence[Key]) -> None:
+        """Bring the images of a batch here, several at a time, when they lie elsewhere."""
+        self._files.prefetch([(int(self.shard_of[index]), int(self._row[index])) for _, index in keys])
 
     @property
     def summary(self) -> str:
@@ -303,12 +316,23 @@ class _ShardFiles:
     """
 
     def __init__(self, shards: Sequence[ShardIndex], *, read_ahead: bool) -> None:
-        self._paths = [shard.path for shard in shards]
+        self._shards = list(shards)
         self._read_ahead = read_ahead
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._begun: OrderedDict[int, None] = OrderedDict()
+        self._fetched: dict[tuple[int, int], bytes] = {}
+        sizes = {shard.path: shard.remote.size for shard in shards if shard.remote is not None}
+        self._keeps_blocks = bool(sizes) and (read_ahead or sum(sizes.values()) <= remote.cache().limit)
+        if sizes:
+            logger.info(
+                "Shards elsewhere: %.1f GB, %s", sum(sizes.values()) / 1e9,
+                f"kept in {remote.cache().folder} (at most {remote.cache().limit / 1e9:g} GB)" if self._keeps_blocks
+                else f"more than the cache may hold ({remote.cache().limit / 1e9:g} GB): each image comes anew every "
+                f"epoch; {remote.cache_remedy()}, or read sequentially with --shard-window",
+            )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_begun": OrderedDict(), "_fetched": {}}
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
@@ -318,13 +342,65 @@ class _ShardFiles:
         """`size` bytes of shard `number` from byte `start`; fewer when the file has become shorter."""
         return os.pread(self._descriptor(number), size, start)
 
+    def fetched(self, number: int, row: int) -> bytes:
+        """An image of a shard elsewhere, checked.
+
+        Raises:
+            BadSampleError: it no longer has the checksum of its index.
+            RemoteError: the store does not answer.
+        """
+        shard = self._shards[number]
+        assert shard.remote is not None
+        content = self._fetched.pop((number, row), None)
+        start, size, crc = int(shard.starts[row]), int(shard.sizes[row]), int(shard.crcs[row])
+        if content is None:
+            content = self._blocks(number, start, size) if self._keeps_blocks else shard.remote.fetch(start, size)
+        if zlib.crc32(content) != crc:
+            logger.debug("%s: %s came damaged, fetched again", shard.path, shard.names[row])
+            if self._keeps_blocks:
+                content = shard.remote.read(start, size, again=True)
+            else:
+                content = shard.remote.fetch(start, size)
+        for _ in range(_MORE_ATTEMPTS):
+            if zlib.crc32(content) == crc:
+                return content
+            content = shard.remote.fetch(start, size)
+        raise BadSampleError(
+            f"{shard.path}: {shard.names[row]}: is not what it was when its index was made (CRC-32). {SHARD_REMEDY}"
+        )
+
+    def prefetch(self, places: Sequence[tuple[int, int]]) -> None:
+        """Images (shard, row) that are asked for next."""
+        wanted = [place for place in dict.fromkeys(places) if self._shards[place[0]].remote is not None]
+        self._fetched.clear()  # what an earlier batch did not use
+        ranges = []
+        for number, row in wanted:
+            shard = self._shards[number]
+            assert shard.remote is not None
+            ranges.append((shard.remote, int(shard.starts[row]), int(shard.sizes[row])))
+        if not self._keeps_blocks:
+            self._fetched.update(zip(wanted, remote.fetch_many(ranges)))
+        elif not self._read_ahead:
+            for file, start, size in ranges:
+                file.read_ahead(start, size)
+
+    def _blocks(self, number: int, start: int, size: int) -> bytes:
+        file = self._shards[number].remote
+        assert file is not None
+        if self._read_ahead and number not in self._begun:
+            self._begun[number] = None
+            if len(self._begun) > _MAX_OPEN_SHARDS:
+                self._begun.popitem(last=False)
+            file.read_ahead()
+        return file.read(start, size)
+
     def _descriptor(self, number: int) -> int:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         if len(self._open) >= _MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
-        descriptor = os.open(self._paths[number], os.O_RDONLY)
+        descriptor = os.open(cast(Path, self._shards[number].path), os.O_RDONLY)
         if self._read_ahead and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
         self._open[number] = descriptor

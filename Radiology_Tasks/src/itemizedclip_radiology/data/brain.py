@@ -22,6 +22,7 @@ import numpy as np
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.remote import Address, Place, here, names_in, place
 from itemizedclip_radiology.data.reports import StudyIndex, check_names, report_items
 from itemizedclip_radiology.data.studies import LoadedStudy, Preparation, ScanReader, SeriesFile, load_study
 from itemizedclip_radiology.data.study_dataset import StudyDataset
@@ -42,12 +43,12 @@ class StudyFiles:
     """Where training and validation studies are.
 
     Attributes:
-        data_root: folder of studies, or of split folders.
+        data_root: folder of studies, or of split folders; also at an address.
         train_json: index of the training studies.
         valid_json: index of the validation studies.
     """
 
-    data_root: Path
+    data_root: Place
     train_json: Path
     valid_json: Path
 
@@ -57,8 +58,9 @@ def find_study_files(
 ) -> StudyFiles:
     """The files of a training run from two folders, by default those of DATA_ROOT and JSON_ROOT in the environment.
 
-    Without JSON_ROOT the index files are looked for in the data folder. The validation index is valid.json or
-    val.json, whichever exists; of both, val.json with `is_ct`, as the published code takes it.
+    Either may be at an address; the index files are then copied. Without JSON_ROOT the index files are looked for in
+    the data folder. The validation index is valid.json or val.json, whichever exists; of both, val.json with `is_ct`,
+    as the published code takes it.
 
     Raises:
         ValueError: no data folder given, or both valid.json and val.json without `is_ct`.
@@ -67,10 +69,11 @@ def find_study_files(
     data = data_root or os.environ.get("DATA_ROOT")
     if not data:
         raise UserError("no study folder given: set --data-root or DATA_ROOT to the folder of STUDY/SERIES/img.pt")
-    data_folder = Path(data).expanduser()
-    json_folder = Path(json_root or os.environ.get("JSON_ROOT") or data_folder).expanduser()
+    data_folder = place(data)
+    json_folder = place(json_root or os.environ.get("JSON_ROOT") or data_folder)
     for folder, flag in ((data_folder, "--data-root, DATA_ROOT"), (json_folder, "--json-root, JSON_ROOT")):
-        if not folder.is_dir():
+        # A web server need not list folders.
+        if not isinstance(folder, Address) and not folder.is_dir():
             raise MissingFileError(f"{folder}: no such folder ({flag})")
     train_json = json_folder / "train.json"
     valid_jsons = [path for path in (json_folder / "valid.json", json_folder / "val.json") if path.is_file()]
@@ -86,16 +89,16 @@ def find_study_files(
             f"{json_folder}: holds valid.json and val.json; remove or rename the one not meant, or take val.json with "
             "--is-ct"
         )
-    return StudyFiles(data_folder, train_json, valid_jsons[-1])
+    return StudyFiles(data_folder, here(train_json), here(valid_jsons[-1]))
 
 
-def find_study_folder(data_root: Path, split: str, studies: Sequence[str]) -> Path:
+def find_study_folder(data_root: Place, split: str, studies: Sequence[str]) -> Place:
     """The folder that holds a split's studies: ROOT/<split> (valid may be called val and the reverse), else ROOT.
 
     Args:
         data_root: ROOT.
         split: stem of the JSON file.
-        studies: some study ids to look for.
+        studies: some study ids to look for, or files below them.
 
     Raises:
         FileNotFoundError: none of these studies is in any of the folders.
@@ -103,7 +106,7 @@ def find_study_folder(data_root: Path, split: str, studies: Sequence[str]) -> Pa
     names = [split, *([_SPLIT_ALIASES[split]] if split in _SPLIT_ALIASES else [])]
     candidates = [*(data_root / name for name in names), data_root]
     for folder in candidates:
-        if any((folder / study).is_dir() for study in studies):
+        if any((folder / study).exists() for study in studies):
             return folder
     raise MissingFileError(
         f"none of {len(studies)} studies of {split}.json ({studies[0]}, …) is a folder in "
@@ -140,7 +143,7 @@ class BrainStudies(StudyDataset):
     def __init__(
         self,
         *,
-        data_root: str | Path,
+        data_root: str | Place,
         json_path: str | Path,
         is_train: bool,
         num_items: int,
@@ -180,11 +183,14 @@ class BrainStudies(StudyDataset):
         index = StudyIndex(json_path, check, on_bad_sample=on_bad_sample)
         super().__init__(index, files_per_study=check.series_counts, is_train=is_train, num_items=num_items, seed=seed)
         spread = range(0, len(index), -(-len(index) // _STUDIES_LOOKED_FOR))
+        root = place(data_root)
         looked_for = [index[row]["study"] for row in spread]
-        self.study_folder = find_study_folder(Path(data_root).expanduser(), index.path.stem, looked_for)
+        if isinstance(root, Address):  # files, because a web server need not list folders
+            looked_for = [f"{study}/{index[row]['series'][0]}/{VOLUME_FILE}" for study, row in zip(looked_for, spread)]
+        self.study_folder = find_study_folder(root, index.path.stem, looked_for)
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         """The folder of the studies."""
         return self.study_folder
 
@@ -241,8 +247,9 @@ class BrainStudies(StudyDataset):
 
     def without_folder(self) -> list[str]:
         """See `StudyDataset`."""
-        with os.scandir(self.study_folder) as entries:
-            on_disk = {entry.name for entry in entries}
+        on_disk = names_in(self.study_folder)
+        if not on_disk and isinstance(self.study_folder, Address):
+            return []  # a web server that lists no folders: what is missing shows when it is read
         return [study for study in self.studies if study not in on_disk]
 
     def describe_first_study(self) -> str:

@@ -23,6 +23,7 @@ from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.items import normalise_item
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.flags import check
+from itemizedclip.runtime.remote import Address, Place, here, names_in, place, relative_path
 from itemizedclip_radiology.data.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, is_scan_name, parse_volume_name
 from itemizedclip_radiology.data.reports import StudyIndex, report_items
 from itemizedclip_radiology.data.studies import LoadedStudy, Study
@@ -143,7 +144,7 @@ class ChestVolume:
     image: Tensor
     voxel_map: VoxelMap
 
-    def as_study(self, name: str, path: Path) -> LoadedStudy:
+    def as_study(self, name: str, path: Place) -> LoadedStudy:
         """The volume as a study of one series."""
         return LoadedStudy(
             image=self.image,
@@ -156,7 +157,7 @@ class ChestVolume:
         )
 
 
-def read_hu(path: Path, options: ChestInput) -> Tensor:
+def read_hu(path: Place, options: ChestInput) -> Tensor:
     """A whole volume (D, H, W) in HU, memory-mapped unless a double rescale had to be undone.
 
     Raises:
@@ -168,7 +169,7 @@ def read_hu(path: Path, options: ChestInput) -> Tensor:
     return volume + shift_hu if shift_hu else volume
 
 
-def double_rescale_hu(volume: Tensor, path: Path, options: ChestInput) -> float:
+def double_rescale_hu(volume: Tensor, path: Place, options: ChestInput) -> float:
     """HU to add to a whole volume; BadSampleError when it cannot be used."""
     if options.read_as_is:
         return 0.0
@@ -182,7 +183,7 @@ def double_rescale_hu(volume: Tensor, path: Path, options: ChestInput) -> float:
 
 
 def load_chest_volume(
-    path: str | Path,
+    path: str | Place,
     options: ChestInput,
     *,
     generator: np.random.Generator | None = None,
@@ -203,7 +204,7 @@ def load_chest_volume(
     Raises:
         BadSampleError: the file cannot be used, see `read_volume` and `excess_rescale_hu`.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     if cache is not None:
         if cache.window != options.window:
             raise UserError(f"the cache has {cache.window}, the input {options.window}; give both the same")
@@ -225,7 +226,7 @@ def load_chest_volume(
 
 
 def _windowed_crop(
-    path: Path, options: ChestInput, generator: np.random.Generator | None, hu: Tensor | None
+    path: Place, options: ChestInput, generator: np.random.Generator | None, hu: Tensor | None
 ) -> tuple[Tensor, VoxelMap]:
     """Pad and crop, reading and windowing only what the crop needs."""
     volume = read_volume(path, memory_map=True) if hu is None else hu
@@ -241,7 +242,7 @@ def _windowed_crop(
     return options.window.apply(box), VoxelMap.of_box(start)
 
 
-def _shows_hu(part_hu: Tensor, path: Path) -> bool:
+def _shows_hu(part_hu: Tensor, path: Place) -> bool:
     """Whether a part of a volume alone shows that its values are HU; a crop beside the body does not."""
     try:
         return excess_rescale_hu(part_hu, source=path) == 0
@@ -259,7 +260,7 @@ class ChestReader:
         cache: read windowed volumes from here, building them at first use.
     """
 
-    root: Path
+    root: Place
     options: ChestInput = field(default_factory=ChestInput)
     cache: VolumeCache | None = None
 
@@ -270,7 +271,7 @@ class ChestReader:
             file.path,
             replace(self.options, size=size),
             cache=self.cache,
-            cache_name=file.path.relative_to(self.root),
+            cache_name=relative_path(file.path, self.root),
         )
         return volume.as_study(file.name, file.path)
 
@@ -287,7 +288,7 @@ class ChestReader:
         return facts
 
 
-def find_ct_rate_root(data_root: str | Path | None = None) -> Path:
+def find_ct_rate_root(data_root: str | Path | None = None) -> Place:
     """CT-RATE's folder of `.pt` volumes, by default DATA_ROOT in the environment.
 
     Raises:
@@ -297,7 +298,9 @@ def find_ct_rate_root(data_root: str | Path | None = None) -> Path:
     given = data_root or os.environ.get("DATA_ROOT")
     if not given:
         raise UserError("no CT-RATE folder given: set --data-root or DATA_ROOT to the folder of train/ and valid/")
-    root = Path(given).expanduser()
+    root = place(given)
+    if isinstance(root, Address):
+        return root  # a web server need not list folders
     if not root.is_dir():
         raise MissingFileError(f"{root}: no such folder (--data-root, DATA_ROOT)")
     if not any((root / split).is_dir() for split in ("train", "valid")):
@@ -318,7 +321,7 @@ def find_items_json(items_json: str | Path | None = None) -> Path:
     given = items_json or os.environ.get("ITEMS_JSON")
     if not given:
         raise UserError("no item file given: set --items-json or ITEMS_JSON to CT-RATE's itemized.json")
-    path = Path(given).expanduser()
+    path = here(place(given))
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file; expected the items of each scan (--items-json, ITEMS_JSON)")
     return path
@@ -337,7 +340,7 @@ class ChestScans(StudyDataset):
     def __init__(
         self,
         *,
-        data_root: str | Path,
+        data_root: str | Place,
         items_json: str | Path,
         is_train: bool,
         num_items: int,
@@ -366,14 +369,14 @@ class ChestScans(StudyDataset):
         self.options = options or ChestInput()
         if cache is not None and cache.window != self.options.window:
             raise UserError(f"the cache has {cache.window}, the input {self.options.window}; give both the same")
-        self.data_root = Path(data_root).expanduser()
+        self.data_root = place(data_root)
         self.cache = cache
         index = StudyIndex(items_json, _check_scan, on_bad_sample=on_bad_sample)
         counts = [len(index[row]["recons"]) for row in range(len(index))]
         super().__init__(index, files_per_study=counts, is_train=is_train, num_items=num_items, seed=seed)
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         """The folder of train/ and valid/."""
         return self.data_root
 
@@ -414,8 +417,9 @@ class ChestScans(StudyDataset):
         for row in range(len(self)):
             volume = parse_volume_name(self.index[row]["recons"][0])
             if volume.split not in on_disk:
-                folder = self.data_root / volume.split
-                on_disk[volume.split] = set(os.listdir(folder)) if folder.is_dir() else set()
+                on_disk[volume.split] = names_in(self.data_root / volume.split)
+            if not on_disk[volume.split] and isinstance(self.data_root, Address):
+                continue  # a web server that lists no folders: what is missing shows when it is read
             if f"{volume.split}_{volume.patient}" not in on_disk[volume.split]:
                 absent.append(volume.scan)
         return absent

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.runtime.remote import Place
 from itemizedclip_radiology.data.volumes import (
     GreyRange,
     Size,
@@ -46,7 +47,7 @@ class SeriesFile:
     """
 
     name: str
-    path: Path
+    path: Place
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class LoadedStudy:
     image: Tensor
     names: list[str]
     series_names: Tensor | None
-    sources: list[Path]
+    sources: list[Place]
     voxel_maps: list[VoxelMap]
     grey_ranges: list[GreyRange]
     skipped: list[tuple[SeriesFile, str]]

@@ -23,6 +23,7 @@ from itemizedclip.data.preflight import PreflightError
 from itemizedclip.runtime.collectives import gather_objects
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import file_sha256
+from itemizedclip.runtime.remote import Place
 from itemizedclip.training.options import LoadingSettings
 from itemizedclip_radiology.data.reports import StudyIndex
 from itemizedclip_radiology.data.studies import LoadedStudy, SkippedSeries
@@ -82,7 +83,7 @@ class StudyDataset(Dataset[ItemSample], ABC):
 
     @property
     @abstractmethod
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         """Where the studies are, for messages."""
 
     def __len__(self) -> int:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import replacing
+from itemizedclip.runtime.remote import Address, Place
 from itemizedclip_radiology.data.volumes import HounsfieldWindow, overlap
 
 CacheType = Literal["uint8", "float16"]
@@ -126,7 +127,7 @@ class VolumeCache:
         whole = "" if crop_to_body else "_whole"
         self.folder = Path(folder).expanduser() / f"hu{window.hu_min:g}_{window.hu_max:g}_{dtype}{whole}_v{_VERSION}"
 
-    def open(self, name: Path, source: Path, read_hu: Callable[[], Tensor]) -> CachedVolume:
+    def open(self, name: Path, source: Place, read_hu: Callable[[], Tensor]) -> CachedVolume:
         """The cached volume, built first if it is missing, damaged or older than its source.
 
         Args:
@@ -138,8 +139,13 @@ class VolumeCache:
             FileNotFoundError: the source is gone.
         """
         path = (self.folder / name).with_suffix(".safetensors")
-        stat = source.stat()
-        stamp = {"source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns}
+        stamp: dict[str, Any]
+        if isinstance(source, Address):
+            file = source.file()
+            stamp = {"source_bytes": file.size, "source_identity": file.identity}
+        else:
+            stat = source.stat()
+            stamp = {"source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns}
         header = self._read_header(path)
         if header is None or any(header.get(key) != value for key, value in stamp.items()):
             header = self._build(path, read_hu(), stamp)
@@ -158,7 +164,7 @@ class VolumeCache:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
-    def _build(self, path: Path, volume_hu: Tensor, stamp: dict[str, int]) -> dict[str, Any]:
+    def _build(self, path: Path, volume_hu: Tensor, stamp: dict[str, Any]) -> dict[str, Any]:
         windowed = self.window.apply(volume_hu)
         shape = tuple(volume_hu.shape)
         start, size = body_box(volume_hu) if self.crop_to_body else ((0, 0, 0), shape)

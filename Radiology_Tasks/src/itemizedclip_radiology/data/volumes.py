@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.models.archive import is_archive
-from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.errors import MissingFileError, UserError
+from itemizedclip.runtime.remote import Address, Place
 from itemizedclip_radiology.data.unprepared import hint_for_grey_values, hint_for_missing, hint_for_size
 
 Size = tuple[int, int, int]
@@ -83,13 +85,14 @@ class VoxelMap:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_volume(path: str | Path, *, memory_map: bool = False, allow_channels: bool = False) -> Tensor:
+def read_volume(path: str | Place, *, memory_map: bool = False, allow_channels: bool = False) -> Tensor:
     """The tensor of a `.pt` file: (D, H, W), real numbers, finite.
 
     Nothing in the file is executed (`weights_only=True`).
 
     Args:
-        path: file written by `torch.save(tensor, path)`.
+        path: file written by `torch.save(tensor, path)`; one at an address is kept in the cache of this machine, and
+            fetched again when the checksums in it do not hold.
         memory_map: read pages only when they are used: for a crop of a large volume. Values are then not checked
             here; call `check_finite` on the part that is used.
         allow_channels: of a 4-D tensor take entry 0 of the last axis, as the Pub-Brain-5 evaluation does.
@@ -97,8 +100,9 @@ def read_volume(path: str | Path, *, memory_map: bool = False, allow_channels: b
     Raises:
         BadSampleError: no such file, truncated or no tensor file, Python objects in it, not three axes, an empty axis,
             complex or boolean values, NaN or infinite values.
+        RemoteError: a store that does not answer.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     volume = _load_tensor(path, memory_map)
     shape = "×".join(map(str, volume.shape))
     if volume.dim() == 4 and allow_channels:
@@ -117,16 +121,38 @@ def read_volume(path: str | Path, *, memory_map: bool = False, allow_channels: b
     return volume
 
 
-def _load_tensor(path: Path, memory_map: bool) -> Tensor:
-    expected = "expected one tensor, written by torch.save(tensor, path)"
-    if not path.is_file():
-        raise BadSampleError(f"{path}: no such file; {expected}{hint_for_missing(path)}")
+_EXPECTED = "expected one tensor, written by torch.save(tensor, path)"
+
+
+def _archive_problem(path: Path) -> str:
+    """What a copied archive's own checksums say against it; torch.load does not look at them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, zlib.error) as error:
+        return str(error) or type(error).__name__
+    return "" if bad is None else f"{bad} does not have its checksum"
+
+
+def _load_tensor(path: Place, memory_map: bool) -> Tensor:
+    expected = _EXPECTED
+    file_here: Path | None
+    if isinstance(path, Address):
+        try:
+            file_here = path.local(_archive_problem)
+        except MissingFileError:
+            file_here = None
+    else:
+        file_here = path if path.is_file() else None
+    if file_here is None:
+        hint = hint_for_missing(path) if isinstance(path, Path) else ""
+        raise BadSampleError(f"{path}: no such file; {expected}{hint}")
     is_torch = False
     try:
-        is_torch = is_archive(path)
+        is_torch = is_archive(file_here)
         if is_torch:
-            _check_stored(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=memory_map and is_torch)
+            _check_stored(file_here, source=path)
+        content = torch.load(file_here, map_location="cpu", weights_only=True, mmap=memory_map and is_torch)
     except BadSampleError:
         raise
     except pickle.UnpicklingError as error:
@@ -156,7 +182,7 @@ def _load_tensor(path: Path, memory_map: bool) -> Tensor:
     return content.detach()
 
 
-def _check_stored(path: Path) -> None:
+def _check_stored(path: Path, *, source: Place) -> None:
     """Refuse an archive whose entries are larger than the file: torch.save never compresses.
 
     Raises:
@@ -167,11 +193,11 @@ def _check_stored(path: Path) -> None:
     size = path.stat().st_size
     if told > size:
         raise BadSampleError(
-            f"{path}: is compressed, {size:,} bytes that become {told:,}; expected a file as torch.save writes it"
+            f"{source}: is compressed, {size:,} bytes that become {told:,}; expected a file as torch.save writes it"
         )
 
 
-def check_finite(volume: Tensor, *, source: str | Path) -> None:
+def check_finite(volume: Tensor, *, source: str | Place) -> None:
     """Refuse NaN and infinite values.
 
     Raises:
@@ -191,7 +217,7 @@ def check_finite(volume: Tensor, *, source: str | Path) -> None:
 # --- grey values -----------------------------------------------------------------------------------------------------
 
 
-def detect_grey_range(volume: Tensor, *, source: str | Path) -> GreyRange:
+def detect_grey_range(volume: Tensor, *, source: str | Place) -> GreyRange:
     """Whether grey values are meant as 0…255 or 0…1.
 
     uint8 is 0…255. Anything else is taken by its largest value: up to 1 means 0…1, from 2 to 255 means 0…255. Values
@@ -277,7 +303,7 @@ def padded_in_plane(size: int) -> int:
 
 
 def crop_series(
-    volume: Tensor, size: Size, *, source: str | Path, at: tuple[float, float] | None = None
+    volume: Tensor, size: Size, *, source: str | Place, at: tuple[float, float] | None = None
 ) -> tuple[Tensor, VoxelMap]:
     """A series at the model's size: as it is, or rid of the in-plane margin (48×256×256 → 48×224×224).
 
@@ -379,7 +405,7 @@ _RESCALE_INTERCEPTS_HU = (1024.0, 8192.0)
 """Intercepts in CT-RATE's metadata, as positive numbers."""
 
 
-def excess_rescale_hu(volume: Tensor, *, source: str | Path) -> float:
+def excess_rescale_hu(volume: Tensor, *, source: str | Place) -> float:
     """HU that a second rescale took from a chest CT: 0 when it holds HU, else 1024 or 8192 (to be added back).
 
     CT-RATE v2 volumes hold HU already; converting them with the slope and intercept of the metadata table shifts them
