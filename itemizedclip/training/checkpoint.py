@@ -416,7 +416,7 @@ def prune(folder: Path, keep_last: int, keep_best: str) -> None:
 # --- what changed ----------------------------------------------------------------------------------------------------
 
 UNREMARKABLE = ("run.resume", "run.name", "run.logs", "run.device", "run.recipe", "loading.workers", "logging.",
-                "distributed.", "run.save_", "run.keep_", "run.delete_", "run.val_frequency",
+                "distributed.", "parallel.", "run.save_", "run.keep_", "run.delete_", "run.val_frequency",
                 "loading.loader_timeout")  # fmt: skip
 """Options whose change does not change the curve."""
 

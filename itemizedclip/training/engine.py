@@ -36,7 +36,7 @@ from itemizedclip.training.folder import check_space, opened_folder
 from itemizedclip.training.loading import BatchSource, MapSource, StepBatch, worker_failure
 from itemizedclip.training.optimizer import set_lr
 from itemizedclip.training.options import RunOptions, options_to_dict
-from itemizedclip.training.resume import is_due, restore, save_epoch, save_latest, state_bytes
+from itemizedclip.training.resume import is_due, is_late, restore, save_epoch, save_latest, state_bytes
 from itemizedclip.training.run import Evaluator, Run, TrainResult, build, check_gradients, launch_run, start_from
 from itemizedclip.training.tracking import ProgressView, Tracker, check_trackers
 
@@ -166,11 +166,12 @@ def train_step(run: Run, batch: ItemBatch) -> tuple[dict[str, Tensor], Tensor, b
     clip = float("inf") if settings.grad_clip_norm is None else settings.grad_clip_norm
     with timed("optimizer"):
         run.scaler.unscale_(run.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(run.task.parameters(), clip)
+        norm = run.layout.clip_gradients(clip)
     is_bad = ~(torch.isfinite(outputs["loss"]) & torch.isfinite(norm))
-    wants_stop = torch.tensor(run.stop.signal is not None, device=is_bad.device)
+    asked = torch.tensor([run.stop.signal is not None, run.save_asked], device=is_bad.device)
     with timed("exchange"):
-        flags = all_reduce_max(torch.stack([is_bad, wants_stop]).to(torch.int64)).tolist()
+        flags = all_reduce_max(torch.cat([is_bad[None], asked]).to(torch.int64)).tolist()
+    run.save_asked = bool(flags[2])
     if flags[0]:
         _skip_update(run, batch, bool(is_bad), outputs["loss"])
     with timed("optimizer"):
@@ -269,6 +270,7 @@ def train_epoch(run: Run, tracker: Tracker, progress: ProgressView) -> bool:
         run.bad_samples.add(run.position.epoch, loaded.skipped)
         if run.position.step == 0:
             _warn_of_duplicates(run, loaded.batch)
+        run.save_asked = tracker.was_removed or is_late(run)
         with run.meter.step():
             outputs, norm, stop = train_step(run, loaded.batch)
         _advance(run, loaded)
@@ -279,7 +281,7 @@ def train_epoch(run: Run, tracker: Tracker, progress: ProgressView) -> bool:
             barrier()
             logger.warning("%s: saved and stopped; --resume latest goes on", run.stop.signal or "a signal elsewhere")
             return True
-        if is_due(run) or tracker.was_removed:
+        if run.save_asked or is_due(run):
             save_latest(run)
             tracker.was_removed = False
         tracker.last_checkpoint = run.last_checkpoint
@@ -311,9 +313,9 @@ def evaluate(run: Run, tracker: Tracker) -> None:
     started = perf_counter()
     run.task.eval()
     results: dict[str, float] = {}
-    with torch.no_grad(), run.precision.autocast():
+    with torch.no_grad(), run.precision.autocast(), run.layout.evaluated() as model:
         for evaluator in run.evaluators:
-            for name, value in evaluator.run(run.model).items():
+            for name, value in evaluator.run(model).items():
                 results[f"{evaluator.name}/{name}"] = float(value)
     run.task.train()
     run.metrics = results

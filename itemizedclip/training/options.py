@@ -252,6 +252,28 @@ class LoadingSettings:
         return self.batch_size * self.accum_batch * self.accum_freq
 
 
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How the model is shared out among several processes; without effect on one."""
+
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp: a whole copy on each process; fsdp2: shards of parameters, gradients and optimizer, for towers that leave
+    no room for batches."""
+
+    static_graph: bool = False
+    """ddp: promise that every step uses the same parameters, so that none is looked for."""
+
+    compress_gradients: bool = False
+    """ddp: gradients travel in bfloat16, which halves the traffic and rounds them."""
+
+    def __post_init__(self) -> None:
+        for name in ("static_graph", "compress_gradients"):
+            check(
+                self.parallel == "ddp" or not getattr(self, name),
+                f"--{name.replace('_', '-')} belongs to --parallel ddp; drop one of them",
+            )
+
+
 TRACKERS = ("wandb", "tensorboard")
 
 
@@ -293,12 +315,17 @@ class RunOptions:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     loading: LoadingSettings = field(default_factory=LoadingSettings)
     distributed: DistributedSettings = field(default_factory=DistributedSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def __post_init__(self) -> None:
         check(
             not (self.model.torchcompile and self.loading.accum_freq > 1),
             "--torchcompile together with --accum-freq above 1 is not tested; use --accum-batch or drop --torchcompile",
+        )
+        check(
+            not (self.model.torchcompile and self.parallel.parallel == "fsdp2"),
+            "--torchcompile together with --parallel fsdp2 is not tested; drop one of them",
         )
 
     def create_model(self) -> DualEncoder:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from itemizedclip.models.factory import CheckpointError
+from itemizedclip.runtime.processes import on_main
 from itemizedclip.training import checkpoint as checkpoints
 from itemizedclip.training.checkpoint import Checkpoint
 from itemizedclip.training.folder import explain_failed_write
@@ -36,7 +37,7 @@ def restore(run: Run, path: Path, config: Mapping[str, Any]) -> None:
     saved = checkpoints.load_checkpoint(path, verify=False)
     checkpoints.check_same_model(saved, config, path)
     try:
-        run.model.load_state_dict(saved.state_dict)
+        run.layout.load_model(saved.state_dict)
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise CheckpointError(
@@ -45,7 +46,7 @@ def restore(run: Run, path: Path, config: Mapping[str, Any]) -> None:
     # Settings come from this run's options, not from the checkpoint: only the moments are taken over.
     settings = [{key: value for key, value in group.items() if key != "params"} for group in run.optimizer.param_groups]
     try:
-        run.optimizer.load_state_dict(saved.optimizer)
+        run.optimizer.load_state_dict(run.layout.shared_out(saved.optimizer, run.optimizer))
         _check_moments(run.optimizer)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
@@ -106,12 +107,13 @@ def _reposition(run: Run, saved: Checkpoint) -> Position:
 
 
 def save(run: Run, path: Path) -> None:
-    """Write the run's state, on the main rank.
+    """Write the run's state, on the main rank; every rank must call it.
 
     Raises:
         NoSpaceError: the disk is full; names the last good checkpoint.
         ClaimedError: the run folder belongs to another run now.
     """
+    state = _state(run)
     if not run.ranks.is_main:
         run.last_checkpoint = path
         return
@@ -122,7 +124,7 @@ def save(run: Run, path: Path) -> None:
             run.last_checkpoint = None
     started, where = perf_counter(), run.position
     try:
-        checkpoints.save_checkpoint(_state(run), path)
+        checkpoints.save_checkpoint(state, path)
     except OSError as error:
         raise explain_failed_write(error, path, run.last_checkpoint, state_bytes(run)) from error
     run.last_checkpoint, run.saved_at = path, monotonic()
@@ -130,10 +132,11 @@ def save(run: Run, path: Path) -> None:
 
 
 def _state(run: Run) -> Checkpoint:
+    """What a checkpoint holds; whole on the main rank alone."""
     where = run.position
     return Checkpoint(
-        state_dict=run.model.state_dict(),
-        optimizer=run.optimizer.state_dict(),
+        state_dict=run.layout.whole(run.model.state_dict()),
+        optimizer=run.layout.whole(run.optimizer.state_dict()),
         scaler=run.scaler.state_dict() if run.scaler.is_enabled() else None,
         step=where.step,
         epoch=where.epoch,
@@ -164,11 +167,15 @@ def save_latest(run: Run) -> None:
 
 
 def is_due(run: Run) -> bool:
-    """Whether --save-every-steps or, by this rank's clock, --save-every-minutes asks for a checkpoint now."""
-    settings = run.options.run
-    if settings.save_every_steps and run.position.step % settings.save_every_steps == 0:
-        return True
-    return bool(settings.save_every_minutes) and monotonic() - run.saved_at >= 60 * settings.save_every_minutes
+    """Whether --save-every-steps asks for a checkpoint now."""
+    every = run.options.run.save_every_steps
+    return bool(every) and run.position.step % every == 0
+
+
+def is_late(run: Run) -> bool:
+    """Whether --save-every-minutes asks for a checkpoint, by this rank's clock."""
+    minutes = run.options.run.save_every_minutes
+    return bool(minutes) and monotonic() - run.saved_at >= 60 * minutes
 
 
 def save_epoch(run: Run, *, evaluated: bool) -> None:
@@ -180,7 +187,7 @@ def save_epoch(run: Run, *, evaluated: bool) -> None:
     """
     done, settings = run.position.epoch, run.options.run
     due = done % settings.save_frequency == 0 or done >= run.options.optimizer.epochs
-    if not due and not (evaluated and _is_best(run)):
+    if not due and not (evaluated and on_main(lambda: _is_best(run))):
         return save_latest(run)
     path = checkpoints.epoch_path(run.folder, done)
     save(run, path)
@@ -195,7 +202,7 @@ def save_epoch(run: Run, *, evaluated: bool) -> None:
 def _is_best(run: Run) -> bool:
     """Whether the run's newest evaluation beats those of all epoch files; on the main rank, which has the files."""
     keep_best = run.options.run.keep_best
-    if not keep_best or not run.ranks.is_main:
+    if not keep_best:
         return False
     measure, _, direction = keep_best.partition(":")
     best = checkpoints.best_checkpoint(run.folder, keep_best)

@@ -5,7 +5,6 @@ Axes: B images of one rank's contrastive batch, W ranks. "Step" counts optimizer
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from itemizedclip.data.sampler import BadSampleCounter
 from itemizedclip.evaluation.evaluator import Evaluator as Evaluator
@@ -32,6 +30,7 @@ from itemizedclip.training.loading import BatchSource
 from itemizedclip.training.meter import Meter
 from itemizedclip.training.optimizer import create_optimizer, create_schedule
 from itemizedclip.training.options import RunOptions
+from itemizedclip.training.parallel import Layout, lay_out
 from itemizedclip.training.task import ItemizedTask
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ class Run:
     ranks: Ranks
     folder: Path
     task: ItemizedTask
-    module: nn.Module
+    layout: Layout
     precision: Precision
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -114,6 +113,13 @@ class Run:
     last_checkpoint: Path | None = None
     claim: Claim | None = None
     saved_at: float = field(default_factory=monotonic)
+    save_asked: bool = False
+    """Whether any rank wants latest.pt after this step; agreed in the step, as saving is a matter of all."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What a step calls."""
+        return self.layout.module
 
     @property
     def model(self) -> DualEncoder:
@@ -161,6 +167,7 @@ def build(
     task = ItemizedTask(model, options.objective, num_chunks=options.loading.accum_freq).train()
     if settings.torchcompile:
         compile_towers(model)
+    layout = lay_out(task, ranks, options.parallel, precision)
     total_steps = options.optimizer.epochs * source.steps_per_epoch
     samples_per_epoch = source.steps_per_epoch * options.loading.step_batch
     try:
@@ -173,7 +180,7 @@ def build(
         ranks=ranks,
         folder=folder,
         task=task,
-        module=_wrap(task, ranks),
+        layout=layout,
         precision=precision,
         optimizer=optimizer,
         scaler=precision.scaler(),
@@ -218,17 +225,6 @@ def compile_towers(model: DualEncoder) -> None:
     for part in [*model.image_tower(), *model.text_tower()]:
         if isinstance(part, nn.Module) and any(True for _ in part.children()):
             part.compile()
-
-
-def _wrap(task: ItemizedTask, ranks: Ranks) -> nn.Module:
-    if ranks.world_size == 1:
-        return task
-    # Buffers are constants here; PyTorch renamed the switch that stops their broadcast before every forward pass.
-    known = inspect.signature(DistributedDataParallel).parameters
-    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    settings: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
-    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(task, device_ids=device_ids, **settings)
 
 
 def start_from(model: DualEncoder, source: Path) -> None:
