@@ -36,7 +36,7 @@ from itemizedclip.training.folder import check_space, opened_folder
 from itemizedclip.training.loading import BatchSource, MapSource, StepBatch, worker_failure
 from itemizedclip.training.optimizer import set_lr
 from itemizedclip.training.options import RunOptions, options_to_dict
-from itemizedclip.training.resume import is_due, is_late, restore, save_epoch, save_latest, state_bytes
+from itemizedclip.training.resume import is_due, is_late, restore, save_epoch, save_latest, settle, state_bytes
 from itemizedclip.training.run import Evaluator, Run, TrainResult, build, check_gradients, launch_run, start_from
 from itemizedclip.training.tracking import ProgressView, Tracker, check_trackers
 
@@ -236,6 +236,7 @@ def _fit(run: Run, config: Mapping[str, Any]) -> TrainResult:
             interrupted = train_epoch(run, tracker, progress)
             if not interrupted:
                 finish_epoch(run, tracker)
+        settle(run, wait=True)
     except Stopped as stopped:  # in an evaluation, before which the run was saved
         stopped.result = _result(run, started, interrupted=True)
         logger.warning("%s: stopped in an evaluation; --resume latest goes on with it", run.stop.signal)
@@ -275,8 +276,10 @@ def train_epoch(run: Run, tracker: Tracker, progress: ProgressView) -> bool:
             outputs, norm, stop = train_step(run, loaded.batch)
         _advance(run, loaded)
         _record(run, tracker, progress, outputs, norm)
+        settle(run, wait=False)
         if stop:
             save_latest(run)
+            settle(run, wait=True)
             # The first process to leave takes the others along: not before it is saved.
             barrier()
             logger.warning("%s: saved and stopped; --resume latest goes on", run.stop.signal or "a signal elsewhere")
@@ -294,6 +297,7 @@ def finish_epoch(run: Run, tracker: Tracker) -> None:
     if evaluates:
         # An evaluation that fails or is killed then costs no training.
         save_latest(run)
+        settle(run, wait=True)
         barrier()
         with run.stop.leaving_at_once():
             evaluate(run, tracker)

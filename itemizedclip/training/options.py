@@ -61,6 +61,13 @@ class RunSettings:
     save_every_steps: int = 0
     """Also write latest.pt every so many steps; 0: at the end of epochs only."""
 
+    save_async: bool = False
+    """Train on while a checkpoint is being written, from a copy in the memory of the machine."""
+
+    save_sharded: bool = False
+    """Each process writes its part of the tensors into a folder beside the .pt, which then names it; for models that
+    take one process too long to write. --logs must be a disk that all processes see."""
+
     delete_previous_checkpoint: bool = False
     """Keep only the newest epoch_N.pt."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,25 @@ class Position:
 
 
 @dataclass
+class PendingSave:
+    """A checkpoint on its way to the disk.
+
+    Attributes:
+        path: its file.
+        step: of the weights.
+        started: by the process's clock.
+        written: ends when the tensors are written, by every rank that does.
+        commit: on the main rank: makes it count, and removes what it stands for.
+    """
+
+    path: Path
+    step: int
+    started: float
+    written: Future[None]
+    commit: Callable[[], None]
+
+
+@dataclass
 class Run:
     """Everything a run is made of; built once by `build`."""
 
@@ -113,6 +133,9 @@ class Run:
     last_checkpoint: Path | None = None
     claim: Claim | None = None
     saved_at: float = field(default_factory=monotonic)
+    pending: PendingSave | None = None
+    shard_group: Any = None
+    """Processes that write shards, in the background, too; made by the first save."""
     save_asked: bool = False
     """Whether any rank wants latest.pt after this step; agreed in the step, as saving is a matter of all."""
 
