@@ -33,6 +33,7 @@ from itemizedclip.runtime.logs import duration, logging_to_file, standard_error
 from itemizedclip.runtime.processes import Ranks, SetupError, Stopped, StopRequest, on_main, seed_step
 from itemizedclip.runtime.timing import timed
 from itemizedclip.training.folder import check_space, opened_folder
+from itemizedclip.training.health import check_same_model
 from itemizedclip.training.loading import BatchSource, MapSource, StepBatch, worker_failure
 from itemizedclip.training.optimizer import set_lr
 from itemizedclip.training.options import RunOptions, options_to_dict
@@ -277,6 +278,9 @@ def train_epoch(run: Run, tracker: Tracker, progress: ProgressView) -> bool:
         _advance(run, loaded)
         _record(run, tracker, progress, outputs, norm)
         settle(run, wait=False)
+        every = run.options.parallel.check_ranks_every
+        if every and run.ranks.world_size > 1 and run.position.step % every == 0:
+            check_same_model(run.model, run.position.step, every)
         if stop:
             save_latest(run)
             settle(run, wait=True)
@@ -357,6 +361,9 @@ def _record(run: Run, tracker: Tracker, progress: ProgressView, outputs: dict[st
     if not is_logged:
         progress.update(where.step, where.epoch, run.options.optimizer.epochs)
         return
+    speed, memory = meter.speed(run.global_batch), peak_memory_mib(run.ranks.device)
+    if run.health.is_due(where.step):
+        run.health.tell(where.step, speed, memory, run.bad_samples.total)
     names = [name for name in outputs if name not in ("logit_scale", "logit_bias")]
     means = all_reduce_sum(torch.stack([outputs[name].float() for name in names])) / run.ranks.world_size
     losses = dict(zip(names, means.tolist()))
@@ -368,8 +375,8 @@ def _record(run: Run, tracker: Tracker, progress: ProgressView, outputs: dict[st
         "logit_scale": float(outputs["logit_scale"]),
         "logit_bias": float(outputs["logit_bias"]),
         "grad_norm": float(norm),
-        **meter.speed(run.global_batch),
-        "peak_memory_mib": peak_memory_mib(run.ranks.device),
+        **speed,
+        "peak_memory_mib": memory,
         "skipped_samples": _report_skips(run),
     }
     run.losses = losses

@@ -273,7 +273,11 @@ class ParallelSettings:
     compress_gradients: bool = False
     """ddp: gradients travel in bfloat16, which halves the traffic and rounds them."""
 
+    check_ranks_every: int = 500
+    """Steps between comparisons of all processes' parameters, bit by bit (ddp); 0: never."""
+
     def __post_init__(self) -> None:
+        at_least(self, check_ranks_every=0)
         for name in ("static_graph", "compress_gradients"):
             check(
                 self.parallel == "ddp" or not getattr(self, name),
@@ -294,11 +298,14 @@ class LoggingSettings:
     log_every_n_steps: int = 10
     """Steps between lines of metrics.jsonl, and of the log when standard error is not a terminal."""
 
+    health_every: int = 100
+    """Steps between reports on every process: lines of the log, and health.prom for Prometheus; 0: never."""
+
     wandb_project: str = "itemizedclip"
     """Project of the wandb run."""
 
     def __post_init__(self) -> None:
-        at_least(self, log_every_n_steps=1)
+        at_least(self, log_every_n_steps=1, health_every=0)
         unknown = [name for name in self._names() if name not in (*TRACKERS, "all", "none")]
         check(not unknown, f"--report-to names {', '.join(unknown)}; expected wandb, tensorboard or all")
 

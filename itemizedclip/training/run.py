@@ -27,6 +27,7 @@ from itemizedclip.runtime.collectives import gather_objects
 from itemizedclip.runtime.precision import Precision, resolve_precision
 from itemizedclip.runtime.processes import Ranks, SetupError, StopRequest, launch, leaving_at_once, main_first, on_main
 from itemizedclip.training.checkpoint import new_run_id
+from itemizedclip.training.health import HealthReport
 from itemizedclip.training.loading import BatchSource
 from itemizedclip.training.meter import Meter
 from itemizedclip.training.optimizer import create_optimizer, create_schedule
@@ -124,6 +125,7 @@ class Run:
     bad_samples: BadSampleCounter
     stop: StopRequest
     meter: Meter
+    health: HealthReport
     tracking: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
@@ -218,6 +220,7 @@ def build(
         bad_samples=BadSampleCounter(samples_per_epoch, options.loading.max_bad_fraction),
         stop=stop,
         meter=Meter(ranks.device, precision.matmul_dtype, counts=not settings.torchcompile),
+        health=HealthReport(folder, ranks.is_main, options.logging.health_every),
     )
 
 
