@@ -31,13 +31,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(world_size: int, argv: Sequence[object], log: Path) -> str:
+def run_ranks(world_size: int, argv: Sequence[object], log: Path, *, fails: bool = False) -> str:
     """The toy run on several ranks; what they printed.
 
     Args:
         world_size: W.
         argv: flags of `toy.main`.
         log: file for what they print.
+        fails: every rank is to end with exit status 1.
     """
     helpers = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([helpers, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -55,5 +56,5 @@ def run_ranks(world_size: int, argv: Sequence[object], log: Path) -> str:
     for process in ranks:
         process.kill()
     told = log.read_text()
-    assert codes == [0] * world_size, f"{codes}\n{told[-3000:]}"
+    assert codes == [int(fails)] * world_size, f"{codes}\n{told[-3000:]}"
     return told

@@ -40,10 +40,12 @@ from itemizedclip.training.parallel import lay_out, units_of
 from itemizedclip.training.task import ItemizedTask
 
 GLOBAL_BATCH, STEPS = 8, 20
+SHORT = ("--epochs", 1)
 # Terms without sampled pairs: the same on any number of ranks that share the batch out.
 EVEN = ObjectiveSettings(ila_weight=0, kta_weight=0, mps_weight=1, iis_weight=0.5)
 FULL = ObjectiveSettings(ila_keep_rate=1.0)
-OPTIMIZER = OptimizerSettings(lr=1e-3, epochs=4, warmup=2, eps=1e-6)
+# A constant rate, so that a shorter run takes the first steps of a longer one.
+OPTIMIZER = OptimizerSettings(lr=1e-3, epochs=4, warmup=2, eps=1e-6, lr_scheduler="const")
 
 
 def options(logs: Path, name: str, objective: ObjectiveSettings, ranks: int = 1, resume: str | None = None) -> ToyRun:
@@ -64,7 +66,8 @@ def flags(logs: Path, name: str, ranks: int, objective: ObjectiveSettings, *more
         for term in ("ila_weight", "kta_weight", "mps_weight", "iis_weight", "ila_keep_rate")
         for value in (f"--{term.replace('_', '-')}", getattr(objective, term))
     ]
-    optimizer = ["--lr", OPTIMIZER.lr, "--epochs", OPTIMIZER.epochs, "--warmup", 2, "--eps", OPTIMIZER.eps]
+    optimizer = ["--lr", OPTIMIZER.lr, "--epochs", OPTIMIZER.epochs, "--warmup", 2, "--eps", OPTIMIZER.eps,
+                 "--lr-scheduler", "const"]  # fmt: skip
     return [
         "--logs", logs, "--name", name, "--dropout", 0, "--batch-size", GLOBAL_BATCH // ranks, "--precision", "fp32",
         "--val-frequency", 4, *optimizer, *weights, *more, "+",
@@ -81,17 +84,16 @@ def runs(tmp_path_factory) -> Path:
         flags(logs, "2-fsdp2-even", 2, EVEN, *sharded, "--save-sharded", "--save-async", "--save-every-steps", 3),
         flags(logs, "2-ddp-full", 2, FULL, "--static-graph"),
         flags(logs, "2-fsdp2-full", 2, FULL, *sharded, "--save-async"),
-        flags(logs, "2-bf16", 2, FULL, "--compress-gradients", "--save-sharded"),
-        flags(logs, "2-cached", 2, FULL, *sharded, "--batch-size", 2, "--accum-freq", 2),
-        flags(logs, "2-clipped", 2, FULL, *sharded, "--grad-clip-norm", 1),
-        flags(logs, "2-clipped-ddp", 2, FULL, "--grad-clip-norm", 1),
+        flags(logs, "2-bf16", 2, FULL, "--compress-gradients", "--save-sharded", *SHORT),
+        flags(logs, "2-cached", 2, FULL, *sharded, "--batch-size", 2, "--accum-freq", 2, *SHORT),
+        flags(logs, "2-clipped", 2, FULL, *sharded, "--grad-clip-norm", 1, *SHORT),
+        flags(logs, "2-clipped-ddp", 2, FULL, "--grad-clip-norm", 1, *SHORT),
     ]
     run_ranks(2, [flag for one in on_two for flag in one][:-1], logs / "two.txt")
     in_parts, whole = (logs / f"2-{name}/checkpoints/epoch_2.pt" for name in ("fsdp2-even", "ddp-even"))
     on_four = [
         flags(logs, "4-ddp-even", 4, EVEN),
         flags(logs, "4-fsdp2-even", 4, EVEN, *sharded),
-        flags(logs, "4-fsdp2-full", 4, FULL, *sharded),
         flags(logs, "4-resumed-parts", 4, EVEN, *sharded, "--resume", in_parts),
         flags(logs, "4-resumed-whole", 4, EVEN, *sharded, "--resume", whole),
     ]
@@ -154,25 +156,24 @@ def test_copies_shards_and_one_process_take_the_same_steps(runs):
     assert evaluated == pytest.approx(dict.fromkeys(evaluated, evaluated["1-even"]), rel=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_all_terms_are_those_of_one_process_that_plays_every_rank(runs, ranks):
-    expected = all_ranks_in_one_process(ranks)
+def test_all_terms_are_those_of_one_process_that_plays_every_rank(runs):
+    expected = all_ranks_in_one_process(2)
     assert expected[-1] < 0.9 * expected[0]
-    assert losses(runs / f"{ranks}-fsdp2-full") == pytest.approx(expected, rel=1e-5)
-    if ranks == 2:
-        assert losses(runs / "2-ddp-full") == pytest.approx(expected, rel=1e-5)
+    for name in ("2-ddp-full", "2-fsdp2-full"):
+        assert losses(runs / name) == pytest.approx(expected, rel=1e-5), name
 
 
 def test_shards_cache_gradients_and_clip_them_like_copies(runs):
-    assert losses(runs / "2-cached") == pytest.approx(losses(runs / "2-ddp-full"), rel=1e-5)
+    plain = losses(runs / "2-ddp-full")
+    assert losses(runs / "2-cached") == pytest.approx(plain[:5], rel=1e-5)
     sharded, copied = curve(runs / "2-clipped"), curve(runs / "2-clipped-ddp")
     assert [line["grad_norm"] for line in sharded] == pytest.approx([line["grad_norm"] for line in copied], rel=1e-4)
     assert [line["loss"] for line in sharded] == pytest.approx([line["loss"] for line in copied], rel=1e-5)
-    assert losses(runs / "2-clipped")[-1] != pytest.approx(losses(runs / "2-ddp-full")[-1], rel=1e-4)
+    assert [line["loss"] for line in sharded] != pytest.approx(plain[:5], rel=1e-5)
 
 
 def test_compressed_gradients_round_and_still_learn(runs):
-    plain, rounded = losses(runs / "2-ddp-full"), losses(runs / "2-bf16")
+    plain, rounded = losses(runs / "2-ddp-full")[:5], losses(runs / "2-bf16")
     assert rounded[0] == pytest.approx(plain[0], rel=1e-6)
     assert rounded[1:] == pytest.approx(plain[1:], rel=1e-2)
     assert rounded[1:] != pytest.approx(plain[1:], rel=1e-7)
@@ -232,7 +233,7 @@ class Evil:
 
 def test_an_index_that_would_run_code_is_refused(runs, tmp_path, capsys):
     folder = tmp_path / "x.shards"
-    shutil.copytree(checkpoints.shards_of(runs / "2-bf16/checkpoints/epoch_4.pt"), folder)
+    shutil.copytree(checkpoints.shards_of(runs / "2-bf16/checkpoints/epoch_1.pt"), folder)
     assert shards.read_whole(folder).keys() >= {"model/logit_scale", "optimizer/0/exp_avg"}
     (folder / shards.INDEX).write_bytes(pickle.dumps(Evil()))
     with pytest.raises(DamagedError, match=r"asks for builtins\.print, which no index of tensors needs"):
