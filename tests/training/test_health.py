@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 
-import pytest
 import torch
 from ranks import run_ranks
 from test_engine import losses
