@@ -89,10 +89,9 @@ def write_run(folder, *, ranks: int, batch: int = 8, steps: int = 10) -> None:
     lines = []
     for number in range(steps):
         step_s = 10.0 if number == 0 else 2.0 + 0.1 * (-1) ** number
-        lines.append({
-            "kind": "train", "step": number, "samples": number, "step_s": step_s,
-            "images_per_s": batch * ranks / step_s, "towers_s": 1.5, "loss_s": flop * per_flop, "optimizer_s": 0.1, "data_wait_s": 0.05,
-        })  # fmt: skip
+        times = {"towers_s": 1.5, "loss_s": flop * per_flop, "optimizer_s": 0.1, "data_wait_s": 0.05}
+        speed = {"step_s": step_s, "images_per_s": batch * ranks / step_s}
+        lines.append({"kind": "train", "step": number, "samples": number, **speed, **times})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + '{"kind": "eval", "samples": 3}\n{"broken')
 
