@@ -5,6 +5,8 @@
 #   LOGS      run folders; default: logs/
 #   RESUME    a checkpoint, or "latest"
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes (slurm/train.sbatch sets them)
+#   MAX_RESTARTS   with several nodes: start again, from the last checkpoint, so often after a process or node has died
+#   MIN_NODES      with MAX_RESTARTS: go on with as few nodes as this, and with more again when they come back
 
 set -euo pipefail
 
@@ -67,6 +69,12 @@ launch() {
     (( processes > 0 )) || processes=1
     if asks_for_help "$@"; then
         exec "$PYTHON" "$@"
+    elif (( ${NNODES:-1} > 1 && ${MAX_RESTARTS:-0} > 0 )); then
+        # Nodes meet at a store of the first one, and number themselves: one that comes back is as good as before.
+        exec "$PYTHON" -m itemizedclip.runtime.torchrun --nnodes "${MIN_NODES:-$NNODES}:$NNODES" \
+            --nproc_per_node "$processes" --max_restarts "$MAX_RESTARTS" --rdzv_backend c10d \
+            --rdzv_id "${SLURM_JOB_ID:-itemizedclip}" ${RDZV_CONF:+--rdzv_conf "$RDZV_CONF"} \
+            --rdzv_endpoint "${MASTER_ADDR:?set by slurm/train.sbatch}:${MASTER_PORT:-29500}" -- "$@"
     elif (( ${NNODES:-1} > 1 )); then
         exec "$PYTHON" -m itemizedclip.runtime.torchrun --nnodes "$NNODES" \
             --node_rank "${NODE_RANK:?set by slurm/train.sbatch}" --nproc_per_node "$processes" \

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from itemizedclip.models import shards
 from itemizedclip.models.archive import DamagedError, is_archive, unusable_tensor, verify_archive
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.runtime.errors import UserError
@@ -153,6 +154,8 @@ def read_checkpoint(path: str | Path, *, verify: bool = True, mapped: bool = Fal
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: expected a dict of tensors or of 'state_dict', got {type(loaded).__name__}")
     contents = loaded if isinstance(loaded.get("state_dict"), dict) else {"state_dict": loaded}
+    if contents.get("shards") is not None:
+        contents = _with_shards(contents, path, verify=verify, mapped=mapped)
     # open_clip's attention masks are −∞ by design; they are not loaded.
     weights = {key: value for key, value in contents["state_dict"].items() if not str(key).endswith(COMPUTED_BUFFERS)}
     problem = unusable_tensor(weights) if verify else None
@@ -176,6 +179,23 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     # A config.json of another library beside somebody's weights says nothing to us.
     facts = said if isinstance(said, dict) and isinstance(said.get("model_config"), dict) else {}
     return {**facts, "state_dict": load_file(str(path))}
+
+
+def _with_shards(contents: dict[str, Any], path: Path, *, verify: bool, mapped: bool) -> dict[str, Any]:
+    """A checkpoint whose tensors lie in a folder beside it; mapped, they stay there and its states are empty."""
+    record, optimizer = contents["shards"], contents.get("optimizer")
+    if not shards.check_record(record) or not isinstance(optimizer, dict):
+        raise CheckpointError(f"{path}: does not say where its tensors are; it is damaged: take another checkpoint")
+    folder = path.parent / record["folder"]
+    try:
+        if verify:
+            shards.verify_shards(folder, record["files"])
+        if mapped:
+            return contents
+        state_dict, state = shards.nested(shards.read_whole(folder))
+    except DamagedError as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); copy both again, or take another checkpoint") from error
+    return {**contents, "state_dict": state_dict, "optimizer": {**optimizer, "state": state}}
 
 
 def published_names(state_dict: Mapping[str, Tensor], model_keys: set[str]) -> tuple[dict[str, Tensor], list[str]]:

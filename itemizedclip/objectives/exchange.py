@@ -8,7 +8,7 @@ numbers, against B·L·D·4 (770 MB) if tokens travelled. The way back is a redu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,31 @@ class Exchange:
         ticket_WND: stands for every rank's item features in autograd, where their gradient is to go; its own numbers
             mean nothing.
         wait: every other rank's items, in order of rank, once they are here.
+        own_slot: this rank's place in the ticket.
     """
 
     ticket_WND: Tensor
     wait: Callable[[], list[RemoteItems]]
+    own_slot: int = 0
+
+    @property
+    def other_slots(self) -> list[int]:
+        """Slots of the other ranks."""
+        return [slot for slot in range(len(self.ticket_WND)) if slot != self.own_slot]
+
+
+def choose_ranks(slots: Sequence[int], most: int) -> tuple[frozenset[int], float]:
+    """The other ranks whose items are attended, and the factor of their pairs that leaves the expected sum as it is.
+
+    Args:
+        slots: of the other ranks.
+        most: how many of them, 0: all. They are drawn by PyTorch's generator of the processor, without replacement:
+            each with probability most / len(slots).
+    """
+    if not most or most >= len(slots):
+        return frozenset(slots), 1.0
+    drawn = torch.randperm(len(slots))[:most].tolist()
+    return frozenset(slots[place] for place in drawn), len(slots) / most
 
 
 class _Received:
@@ -158,4 +179,4 @@ def send_items(item_features_ND: Tensor, rows: ItemRows, index_BT: Tensor) -> Ex
             remotes.append(RemoteItems(message[: N * D].view(N, D), remote_rows, index.long(), slot))
         return remotes
 
-    return Exchange(ticket, wait)
+    return Exchange(ticket, wait, rank())

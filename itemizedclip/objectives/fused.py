@@ -72,7 +72,7 @@ class ItemTable:
         shifts_RH: the key bias' share of every attention logit.
         texts_RD: Wᵀt of the normalised item.
         offsets_R: b·t.
-        grads: accumulators of these four, and of the normalised item, in this order.
+        grads: accumulators of these four, in this order.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class ItemTable:
         self.ranks = ranks
         self._arguments = (weights, num_heads, eps, fold_keys)
         tables = [self._derive(rank.features_ND.to(weights.out_D.dtype)) for rank in ranks]
-        self.queries_RHe, self.shifts_RH, self.texts_RD, self.offsets_R, _ = (
+        self.queries_RHe, self.shifts_RH, self.texts_RD, self.offsets_R = (
             torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*tables)
         )
-        kept = (self.queries_RHe, self.shifts_RH, self.texts_RD, self.offsets_R, self.texts_RD)
+        kept = (self.queries_RHe, self.shifts_RH, self.texts_RD, self.offsets_R)
         self.grads = [torch.zeros_like(part) for part in kept]
 
     @property
@@ -101,7 +101,7 @@ class ItemTable:
         if fold_keys:
             queries = torch.einsum("rhd,hde->rhe", queries, weights.key_DD.view(H, -1, D))
         unit = F.normalize(items_ND, dim=-1)
-        return queries, shifts, unit @ weights.out_DD, unit @ weights.out_D, unit
+        return queries, shifts, unit @ weights.out_DD, unit @ weights.out_D
 
     def finish(self, weight_grads: Weights) -> None:
         """Carry what was accumulated on to the items and the parameters."""
@@ -202,24 +202,28 @@ class Step:
 
     # --- several ranks ------------------------------------------------------------------------------------------
 
-    def run(self, own: RankItems, others: Iterator[RankItems], num_others: int) -> None:
-        """All ranks; `others` is not asked before this rank's first block is done."""
-        at_once = ranks_at_once(work_bytes(self.tokens_BLD.device), own.features_ND.numel(), num_others)
-        for done in range(0, max(1, num_others), at_once):
-            count = min(at_once, num_others - done)
-            groups = [[own]] if done == 0 else []
-            if own.pairs.local is not None:
-                self._images(groups, others, count)
-                continue
-            for rank in (*groups, *([rank] for rank in islice(others, count))):
-                self._finish(self._table(rank, fold_keys=False))
+    def run(self, own: RankItems, others: Iterator[RankItems], num_attended: int) -> None:
+        """All ranks; `others` is not asked before this rank's first block is done.
+
+        Args:
+            own: this rank.
+            others: the others, those with local pairs first.
+            num_attended: how many have local pairs.
+        """
+        if own.pairs.local is None:
+            self._everyone(own)
+        else:
+            at_once = ranks_at_once(work_bytes(self.tokens_BLD.device), own.features_ND.numel(), num_attended)
+            for done in range(0, max(1, num_attended), at_once):
+                self._images([[own]] if done == 0 else [], others, min(at_once, num_attended - done))
+        for rank in others:
+            self._everyone(rank)
 
     def _table(self, ranks: Sequence[RankItems], *, fold_keys: bool) -> ItemTable:
         """The table of some ranks, MPS done."""
-        table = ItemTable(ranks, self._leaves, self.num_heads, self.eps, fold_keys=fold_keys)
-        if ranks[0].pairs.everyone is not None:
-            self._everyone(table)
-        return table
+        for rank in ranks:
+            self._everyone(rank)
+        return ItemTable(ranks, self._leaves, self.num_heads, self.eps, fold_keys=fold_keys)
 
     def _images(self, groups: list[list[RankItems]], others: Iterator[RankItems], count: int) -> None:
         """Every image against the ranks of `groups` and `count` of `others`, with one projection of the tokens."""
@@ -264,19 +268,20 @@ class Step:
                 block, table, rows, torch.cat(index, 1), torch.cat(labels, 1), torch.cat(weights, 1), ranks[0].pairs
             )
 
-    def _everyone(self, table: ItemTable) -> None:
-        """MPS of every rank of a table."""
-        N = table.rows_per_rank
-        for number, rank in enumerate(table.ranks):
-            assert rank.pairs.everyone is not None
-            rows = slice(number * N, (number + 1) * N)
-            units_ND = F.normalize(rank.features_ND.detach().to(self.exact), dim=-1)
-            cosines = self.global_unit_BD @ units_ND.T
-            grad = self._pairs(cosines, rank.pairs.everyone.labels, rank.pairs.everyone.weights, 2, self.factors.mps)
-            if self.differentiate:
-                grad = grad * self.scale
-                self.global_grad_BD.addmm_(grad, units_ND)
-                table.grads[4][rows].addmm_(grad.T, self.global_unit_BD)
+    def _everyone(self, rank: RankItems) -> None:
+        """MPS of one rank."""
+        pairs = rank.pairs.everyone
+        if pairs is None:
+            return
+        leaf = rank.features_ND.detach().to(self.exact).requires_grad_()
+        with torch.enable_grad():
+            unit = F.normalize(leaf, dim=-1)
+        units_ND = unit.detach()
+        grad = self._pairs(self.global_unit_BD @ units_ND.T, pairs.labels, pairs.weights, 2, self.factors.mps)
+        if self.differentiate:
+            grad = grad * self.scale
+            self.global_grad_BD.addmm_(grad, units_ND)
+            rank.grad_ND.add_(torch.autograd.grad(unit, leaf, grad.T @ self.global_unit_BD)[0])
 
     def _pairs(self, cosines: Tensor, labels: Tensor, weights: Tensor, term: int, factor: float) -> Tensor:
         """Add up a term; the gradient of the total by its logits."""
@@ -506,6 +511,7 @@ def fused_losses(
     bias: Tensor,
     exchange: Exchange | None,
     pairs_of: Callable[[RemoteItems | None], RankPairs],
+    attended: frozenset[int],
     *,
     own_mask_BK: Tensor,
     factors: TermWeights,
@@ -524,6 +530,7 @@ def fused_losses(
         bias: β.
         exchange: the other ranks' items; not waited for before this rank's first block is done.
         pairs_of: pairs with another rank's items, or with this rank's own (None).
+        attended: slots of the other ranks that have local pairs.
         own_mask_BK: this rank's real items.
         factors: of the sums in the total.
         worst_positive_factor: UWP.
@@ -562,10 +569,11 @@ def fused_losses(
             def others() -> Iterator[RankItems]:
                 assert exchange is not None
                 assert everyone_grad is not None
-                for remote in exchange.wait():
+                # Those with local pairs come first; `sorted` leaves the order among each kind.
+                for remote in sorted(exchange.wait(), key=lambda remote: remote.slot not in attended):
                     yield RankItems(remote.features_ND, everyone_grad[remote.slot], pairs_of(remote))
 
-            step.run(own, others(), 0 if everyone is None else len(everyone) - 1)
+            step.run(own, others() if everyone is not None else iter(()), len(attended) if everyone is not None else 0)
             sums = step.totals.sums_4
             total = (sums * sums.new_tensor([factors.ila, factors.kta, factors.mps, factors.iis])).sum()
             if not differentiate:

@@ -6,7 +6,7 @@ D joint width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from itemizedclip.models.item_attention import ItemAttention, KeepMask, ProjectedTokens, at_least_float32
-from itemizedclip.objectives.exchange import Exchange, RemoteItems, send_items, with_gradient
+from itemizedclip.objectives.exchange import Exchange, RemoteItems, choose_ranks, send_items, with_gradient
 from itemizedclip.objectives.fused import TermWeights, fused_losses
 from itemizedclip.objectives.pairing import (
     Checks,
@@ -62,6 +62,10 @@ class ObjectiveOptions:
     mask_duplicates: bool = False
     """A negative whose text reads like one of the image's own items carries no loss (not in the paper)."""
 
+    remote_ranks: int = 0
+    """Attend the items of at most so many other ranks a step (ILA, KTA), drawn anew by each rank and weighted up so
+    that the expected loss is the same; MPS meets all. 0: attend all (the paper). See docs/scale.md."""
+
     baseline: Literal["none", "clip", "siglip", "concat", "flair", "flair_own"] = "none"
     """Train by another method instead, to compare; the rest of this group does not apply then."""
 
@@ -69,6 +73,8 @@ class ObjectiveOptions:
         for name in ("ila_weight", "kta_weight", "mps_weight", "iis_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 (off) or a positive weight")
+        if self.remote_ranks < 0:
+            raise ValueError(f"remote_ranks is {self.remote_ranks}; expected 0 (all) or a number of other ranks")
         if not 0 < self.ila_keep_rate <= 1:
             raise ValueError(f"ila_keep_rate is {self.ila_keep_rate}; expected a keep probability in (0, 1]")
         if not 0 < self.key_token_fraction <= 1:
@@ -189,12 +195,20 @@ def itemized_losses(
     weights = {name: getattr(options, f"{name}_weight") for name in TERMS}
     denominators = {"ila": B, "kta": B, "mps": B * K, "iis": B * K}
 
+    others = [] if exchange is None else exchange.other_slots
+    attended, factor = choose_ranks(others, options.remote_ranks if needs_local else 0)
+
     def pairs_of(remote: RemoteItems | None) -> RankPairs:
         own, items = remote is None, rows if remote is None else remote.rows
         index = own_index if remote is None else remote.index_BT
+        local = None
+        if needs_local and (remote is None or remote.slot in attended):
+            local = local_pairs(rows, items, index, options.checks, own=own)
+            if remote is not None and factor != 1.0:
+                local = replace(local, weights_BT=local.weights_BT * factor)
         return RankPairs(
             own,
-            local_pairs(rows, items, index, options.checks, own=own) if needs_local else None,
+            local,
             global_pairs(rows, items, options.checks, own=own) if options.mps_weight else None,
             separation_pairs(rows, options.checks) if own and options.iis_weight else None,
         )
@@ -202,7 +216,7 @@ def itemized_losses(
     if fused:
         total, sums_4 = fused_losses(
             head, inputs.image_tokens_BLD, inputs.image_global_BD, inputs.item_features_ND, logit_scale, logit_bias,
-            exchange, pairs_of,
+            exchange, pairs_of, attended,
             own_mask_BK=rows.mask_BK, factors=TermWeights(**{n: weights[n] / denominators[n] for n in TERMS}),
             worst_positive_factor=options.worst_positive_factor, keep=keep,
             num_key_tokens=options.num_key_tokens(inputs.image_tokens_BLD.shape[1]),
@@ -219,7 +233,7 @@ def itemized_losses(
     projected = head.project(inputs.image_tokens_BLD) if needs_local else None
     collected: dict[str, list[Tensor]] = {name: [] for name in TERMS}
     for features_ND, pairs in sets:
-        if projected is not None:
+        if projected is not None and pairs.local is not None:
             for name, value in local_losses(
                 head, projected, features_ND, pairs, rows.mask_BK, scale, bias, keep, options
             ).items():

@@ -22,10 +22,12 @@ from typing import Any
 from torch import Tensor
 
 from itemizedclip.models.archive import save_archive, unusable_tensor
+from itemizedclip.models.shards import SUFFIX, remove_shards
 from itemizedclip.models.weights import CheckpointError, read_checkpoint
 from itemizedclip.training.options import flatten_options
 
 FORMAT = 1
+FORMAT_SHARDED = 2
 LATEST = "latest.pt"
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class Checkpoint:
         metrics: newest results of the evaluators.
         tracking: identities at external trackers.
         format: version of this layout.
+        shards: where the tensors of both states are instead: the folder beside the file and the digests of what is in
+            it (`itemizedclip.models.shards`). Such a file is written last: without it the folder counts for nothing.
     """
 
     state_dict: dict[str, Any]
@@ -72,6 +76,7 @@ class Checkpoint:
     metrics: dict[str, float] = field(default_factory=dict)
     tracking: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
+    shards: dict[str, Any] | None = None
 
 
 def new_run_id() -> str:
@@ -85,7 +90,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     Raises:
         OSError: the disk refused; what was there before is as it was.
     """
-    save_archive({f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}, path)
+    contents = {f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}
+    if checkpoint.shards is None:
+        del contents["shards"]
+    save_archive(contents, path)
 
 
 def load_checkpoint(path: Path, *, verify: bool = True, mapped: bool = False) -> Checkpoint:
@@ -102,6 +110,7 @@ def load_checkpoint(path: Path, *, verify: bool = True, mapped: bool = False) ->
             cannot be.
     """
     contents = read_checkpoint(path, verify=verify, mapped=mapped)
+    contents.setdefault("shards", None)
     missing = [f.name for f in fields(Checkpoint) if f.name not in contents]
     if missing:
         raise CheckpointError(
@@ -208,8 +217,9 @@ def check_fields(contents: Mapping[str, Any], path: Path) -> None:
         CheckpointError: names the field, its value and what was expected.
     """
     layout = contents["format"]
-    if _is_count(layout, 1) and layout > FORMAT:
-        raise CheckpointError(f"{path}: written by a newer version (format {layout}, this one reads {FORMAT}); update")
+    if _is_count(layout, 1) and layout > FORMAT_SHARDED:
+        newest = FORMAT_SHARDED
+        raise CheckpointError(f"{path}: written by a newer version (format {layout}, this one reads {newest}); update")
     wrong = [("format", "a whole number from 1")] if not _is_count(layout, 1) else []
     wrong += [(name, expected) for name, (expected, holds) in _RULES.items() if not holds(contents[name])]
     if not wrong:
@@ -372,6 +382,9 @@ def set_aside_later(folder: Path, resumed_from: Path, step: int, epoch: int) -> 
         if later:
             target = _free_name(path.parent / "superseded" / path.name)
             target.parent.mkdir(exist_ok=True)
+            folder = shards_of(path)
+            if folder is not None and folder.is_dir():
+                shutil.move(folder, target.parent / folder.name)
             shutil.move(path, target)
             moved.append(target)
     return moved
@@ -410,13 +423,50 @@ def prune(folder: Path, keep_last: int, keep_best: str) -> None:
     best = best_checkpoint(folder, keep_best) if keep_best else None
     for path in epoch_checkpoints(folder)[:-keep_last] if keep_last else []:
         if best is None or path != best[0]:
-            path.unlink()
+            remove(path)
+
+
+def shards_of(path: Path) -> Path | None:
+    """The folder that holds a checkpoint's tensors; None when the file itself holds them, or there is none."""
+    record = _peek(path).get("shards")
+    return (
+        path.parent / record["folder"] if isinstance(record, dict) and isinstance(record.get("folder"), str) else None
+    )
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint with its folder, the file first; one that is not there is no matter."""
+    folder = shards_of(path)
+    path.unlink(missing_ok=True)
+    if folder is not None:
+        remove_shards(folder)
+
+
+def new_shards(path: Path) -> str:
+    """Name of a new folder for the tensors of a checkpoint."""
+    return f"{path.stem}.{uuid.uuid4().hex[:8]}{SUFFIX}"
+
+
+def remove_orphans(folder: Path) -> list[Path]:
+    """Remove folders of tensors that no checkpoint names, such as a killed run leaves; by whoever holds the claim.
+
+    One whose checkpoint cannot be read stays.
+    """
+    checkpoints = list((folder / "checkpoints").glob("*.pt"))
+    named = {shards_of(path) for path in checkpoints}
+    unreadable = {path.stem for path in checkpoints if not _peek(path)}
+    removed = []
+    for found in (folder / "checkpoints").glob(f"*{SUFFIX}"):
+        if found not in named and found.name.partition(".")[0] not in unreadable:
+            remove_shards(found)
+            removed.append(found)
+    return removed
 
 
 # --- what changed ----------------------------------------------------------------------------------------------------
 
 UNREMARKABLE = ("run.resume", "run.name", "run.logs", "run.device", "run.recipe", "loading.workers", "logging.",
-                "distributed.", "run.save_", "run.keep_", "run.delete_", "run.val_frequency",
+                "distributed.", "parallel.", "run.save_", "run.keep_", "run.delete_", "run.val_frequency",
                 "loading.loader_timeout")  # fmt: skip
 """Options whose change does not change the curve."""
 

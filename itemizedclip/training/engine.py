@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +34,11 @@ from itemizedclip.runtime.logs import duration, logging_to_file, standard_error
 from itemizedclip.runtime.processes import Ranks, SetupError, Stopped, StopRequest, on_main, seed_step
 from itemizedclip.runtime.timing import timed
 from itemizedclip.training.folder import check_space, opened_folder
+from itemizedclip.training.health import check_same_model
 from itemizedclip.training.loading import BatchSource, MapSource, StepBatch, worker_failure
 from itemizedclip.training.optimizer import set_lr
 from itemizedclip.training.options import RunOptions, options_to_dict
-from itemizedclip.training.resume import is_due, restore, save_epoch, save_latest, state_bytes
+from itemizedclip.training.resume import is_due, is_late, restore, save_epoch, save_latest, settle, state_bytes
 from itemizedclip.training.run import (
     Evaluator,
     Run,
@@ -159,12 +160,12 @@ def _transform_of(config: Mapping[str, Any]) -> dict[str, Any]:
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-def train_step(run: Run, batch: ItemBatch) -> tuple[dict[str, Tensor], Tensor, bool]:
+def train_step(run: Run, batch: ItemBatch) -> tuple[dict[str, Tensor], Tensor, Agreed]:
     """Forward, backward and update on one contrastive batch.
 
     Returns:
-        Outputs of the task (detached), the gradient norm, and whether a signal asks to stop; the last agreed by all
-        ranks, where there are several a step late. A step whose loss or gradient is not finite on any rank updates
+        Outputs of the task (detached), the gradient norm, and what is to follow; the last agreed by all ranks, where
+        there are several a step late. A step whose loss or gradient is not finite on any rank updates
         nothing on any rank, which the log says after the next one.
 
     Raises:
@@ -184,11 +185,11 @@ def train_step(run: Run, batch: ItemBatch) -> tuple[dict[str, Tensor], Tensor, b
     clip = float("inf") if settings.grad_clip_norm is None else settings.grad_clip_norm
     with timed("optimizer"):
         run.scaler.unscale_(run.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(run.task.parameters(), clip)
+        norm = run.layout.clip_gradients(clip)
     is_bad = ~(torch.isfinite(outputs["loss"]) & torch.isfinite(norm))
-    wants_stop = torch.tensor(run.stop.signal is not None).to(is_bad.device, non_blocking=True)
+    asked = torch.tensor([run.stop.signal is not None, run.save_asked]).to(is_bad.device, non_blocking=True)
     with timed("exchange"):
-        flags = all_reduce_max(torch.stack([is_bad, wants_stop]).to(torch.int64))
+        flags = all_reduce_max(torch.cat([is_bad[None], asked]).to(torch.int64))
     with timed("optimizer"):
         update_unless(run.optimizer, flags[0])
         run.scaler.update()
@@ -197,25 +198,33 @@ def train_step(run: Run, batch: ItemBatch) -> tuple[dict[str, Tensor], Tensor, b
     with timed("exchange"):
         # The host waits for the step before, and only here: this one's work is under way.
         before = run.findings.swap(run.position.step + 1, flags, outputs["loss"], batch.sample_ids)
-    stop = judge(run, before)
+    agreed = judge(run, before)
     if run.ranks.world_size == 1:
-        stop = run.stop.signal is not None
-    return {name: value.detach() for name, value in outputs.items()}, norm, stop
+        agreed = Agreed(stop=run.stop.signal is not None, save=run.save_asked)
+    return {name: value.detach() for name, value in outputs.items()}, norm, agreed
 
 
-def judge(run: Run, finding: Finding | None) -> bool:
-    """Report a step that updated nothing; whether the ranks agreed to stop.
+class Agreed(NamedTuple):
+    """What all ranks do after a step, because one of them wants it."""
+
+    stop: bool
+    save: bool
+
+
+def judge(run: Run, finding: Finding | None) -> Agreed:
+    """Report a step that updated nothing; what the ranks agreed on.
 
     Raises:
         NonFiniteError: too many such steps in a row.
     """
     if finding is None:
-        return False
+        return Agreed(stop=False, save=False)
     if finding.is_bad:
         _report_skipped(run, finding)
     else:
         run.nonfinite_in_a_row = 0
-    return finding.wants_stop
+    # A step that was under way while the run was saved asked for what is done.
+    return Agreed(finding.wants_stop, finding.wants_save and finding.step > run.saved_step)
 
 
 def _report_skipped(run: Run, finding: Finding) -> None:
@@ -269,6 +278,7 @@ def _fit(run: Run, config: Mapping[str, Any]) -> TrainResult:
             interrupted = train_epoch(run, tracker, progress)
             if not interrupted:
                 finish_epoch(run, tracker)
+        settle(run, wait=True)
     except Stopped as stopped:  # in an evaluation, before which the run was saved
         stopped.result = _result(run, started, interrupted=True)
         logger.warning("%s: stopped in an evaluation; --resume latest goes on with it", run.stop.signal)
@@ -303,19 +313,25 @@ def train_epoch(run: Run, tracker: Tracker, progress: ProgressView) -> bool:
         run.bad_samples.add(run.position.epoch, loaded.skipped)
         if run.position.step == 0:
             _warn_of_duplicates(run, loaded.batch)
+        run.save_asked = tracker.was_removed or is_late(run)
         with run.meter.step():
-            outputs, norm, stop = train_step(run, loaded.batch)
+            outputs, norm, agreed = train_step(run, loaded.batch)
         _advance(run, loaded)
         _record(run, tracker, progress, outputs, norm)
-        if stop:
+        settle(run, wait=False)
+        every = run.options.parallel.check_ranks_every
+        if every and run.ranks.world_size > 1 and run.position.step % every == 0:
+            check_same_model(run.model, run.position.step, every)
+        if agreed.stop:
             judge(run, run.findings.take())
             _leave(run)
             return True
-        if is_due(run) or tracker.was_removed:
+        if agreed.save or is_due(run):
             save_latest(run)
+            run.saved_step = run.position.step
             tracker.was_removed = False
         tracker.last_checkpoint = run.last_checkpoint
-    if judge(run, run.findings.take()):
+    if judge(run, run.findings.take()).stop:
         _leave(run)
         return True
     return False
@@ -323,6 +339,7 @@ def train_epoch(run: Run, tracker: Tracker, progress: ProgressView) -> bool:
 
 def _leave(run: Run) -> None:
     save_latest(run)
+    settle(run, wait=True)
     # The first process to leave takes the others along: not before it is saved.
     barrier()
     logger.warning("%s: saved and stopped; --resume latest goes on", run.stop.signal or "a signal elsewhere")
@@ -334,6 +351,7 @@ def finish_epoch(run: Run, tracker: Tracker) -> None:
     if evaluates:
         # An evaluation that fails or is killed then costs no training.
         save_latest(run)
+        settle(run, wait=True)
         barrier()
         with run.stop.leaving_at_once():
             evaluate(run, tracker)
@@ -353,9 +371,9 @@ def evaluate(run: Run, tracker: Tracker) -> None:
     started = perf_counter()
     run.task.eval()
     results: dict[str, float] = {}
-    with torch.no_grad(), run.precision.autocast():
+    with torch.no_grad(), run.precision.autocast(), run.layout.evaluated() as model:
         for evaluator in run.evaluators:
-            for name, value in evaluator.run(run.model).items():
+            for name, value in evaluator.run(model).items():
                 results[f"{evaluator.name}/{name}"] = float(value)
     run.task.train()
     run.metrics = results
@@ -393,6 +411,9 @@ def _record(run: Run, tracker: Tracker, progress: ProgressView, outputs: dict[st
     if not is_logged:
         progress.update(where.step, where.epoch, run.options.optimizer.epochs)
         return
+    speed, memory = meter.speed(run.global_batch), peak_memory_mib(run.ranks.device)
+    if run.health.is_due(where.step):
+        run.health.tell(where.step, speed, memory, run.bad_samples.total)
     names = [name for name in outputs if name not in ("logit_scale", "logit_bias")]
     means = all_reduce_sum(torch.stack([outputs[name].float() for name in names])) / run.ranks.world_size
     losses = dict(zip(names, means.tolist()))
@@ -404,8 +425,8 @@ def _record(run: Run, tracker: Tracker, progress: ProgressView, outputs: dict[st
         "logit_scale": float(outputs["logit_scale"]),
         "logit_bias": float(outputs["logit_bias"]),
         "grad_norm": float(norm),
-        **meter.speed(run.global_batch),
-        "peak_memory_mib": peak_memory_mib(run.ranks.device),
+        **speed,
+        "peak_memory_mib": memory,
         "skipped_samples": _report_skips(run),
     }
     run.losses = losses

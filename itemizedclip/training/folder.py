@@ -18,7 +18,7 @@ from pathlib import Path
 from itemizedclip.runtime.claims import Claim, check_unclaimed, claimed
 from itemizedclip.runtime.errors import NoSpaceError, UserError
 from itemizedclip.runtime.files import remove_leftovers
-from itemizedclip.training.checkpoint import find_resume, has_checkpoints
+from itemizedclip.training.checkpoint import find_resume, has_checkpoints, remove_orphans
 from itemizedclip.training.options import RunSettings
 
 try:
@@ -153,7 +153,8 @@ def opened_folder(settings: RunSettings) -> Iterator[OpenedFolder]:
             if not was_there and not any(folder.iterdir()):
                 folder.rmdir()
             raise
-        for path in [*remove_leftovers(folder), *remove_leftovers(folder / "checkpoints")]:
+        leftovers = [*remove_leftovers(folder), *remove_leftovers(folder / "checkpoints"), *remove_orphans(folder)]
+        for path in leftovers:
             logger.info("removed %s, which a killed run left behind", path)
         if resumed_from is None and settings.resume is None and (folder / "metrics.jsonl").is_file():
             logger.warning("%s: an earlier run of this name left no checkpoint; its metrics are replaced", folder)

@@ -65,6 +65,13 @@ class RunSettings:
     save_every_steps: int = 0
     """Also write latest.pt every so many steps; 0: at the end of epochs only."""
 
+    save_async: bool = False
+    """Train on while a checkpoint is being written, from a copy in the memory of the machine."""
+
+    save_sharded: bool = False
+    """Each process writes its part of the tensors into a folder beside the .pt, which then names it; for models that
+    take one process too long to write. --logs must be a disk that all processes see."""
+
     delete_previous_checkpoint: bool = False
     """Keep only the newest epoch_N.pt."""
 
@@ -268,6 +275,32 @@ class LoadingSettings:
         return self.batch_size * self.accum_batch * self.accum_freq
 
 
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How the model is shared out among several processes; without effect on one."""
+
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp: a whole copy on each process; fsdp2: shards of parameters, gradients and optimizer, for towers that leave
+    no room for batches."""
+
+    static_graph: bool = False
+    """ddp: promise that every step uses the same parameters, so that none is looked for."""
+
+    compress_gradients: bool = False
+    """ddp: gradients travel in bfloat16, which halves the traffic and rounds them."""
+
+    check_ranks_every: int = 500
+    """Steps between comparisons of all processes' parameters, bit by bit (ddp); 0: never."""
+
+    def __post_init__(self) -> None:
+        at_least(self, check_ranks_every=0)
+        for name in ("static_graph", "compress_gradients"):
+            check(
+                self.parallel == "ddp" or not getattr(self, name),
+                f"--{name.replace('_', '-')} belongs to --parallel ddp; drop one of them",
+            )
+
+
 TRACKERS = ("wandb", "tensorboard")
 
 
@@ -281,11 +314,14 @@ class LoggingSettings:
     log_every_n_steps: int = 10
     """Steps between lines of metrics.jsonl, and of the log when standard error is not a terminal."""
 
+    health_every: int = 100
+    """Steps between reports on every process: lines of the log, and health.prom for Prometheus; 0: never."""
+
     wandb_project: str = "itemizedclip"
     """Project of the wandb run."""
 
     def __post_init__(self) -> None:
-        at_least(self, log_every_n_steps=1)
+        at_least(self, log_every_n_steps=1, health_every=0)
         unknown = [name for name in self._names() if name not in (*TRACKERS, "all", "none")]
         check(not unknown, f"--report-to names {', '.join(unknown)}; expected wandb, tensorboard or all")
 
@@ -309,6 +345,7 @@ class RunOptions:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     loading: LoadingSettings = field(default_factory=LoadingSettings)
     distributed: DistributedSettings = field(default_factory=DistributedSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def __post_init__(self) -> None:
@@ -319,6 +356,10 @@ class RunOptions:
         check(
             not (self.model.torchcompile and self.run.deterministic),
             "--torchcompile chooses kernels by measured time, which --deterministic rules out; drop one of them",
+        )
+        check(
+            not (self.model.torchcompile and self.parallel.parallel == "fsdp2"),
+            "--torchcompile together with --parallel fsdp2 is not tested; drop one of them",
         )
 
     def create_model(self) -> DualEncoder:

@@ -5,9 +5,9 @@ Axes: B images of one rank's contrastive batch, W ranks. "Step" counts optimizer
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from itemizedclip.data.sampler import BadSampleCounter
 from itemizedclip.evaluation.evaluator import Evaluator as Evaluator
@@ -28,10 +27,12 @@ from itemizedclip.runtime.collectives import gather_objects
 from itemizedclip.runtime.precision import Precision, resolve_precision
 from itemizedclip.runtime.processes import Ranks, SetupError, StopRequest, launch, leaving_at_once, main_first, on_main
 from itemizedclip.training.checkpoint import new_run_id
+from itemizedclip.training.health import HealthReport
 from itemizedclip.training.loading import BatchSource
 from itemizedclip.training.meter import Meter
 from itemizedclip.training.optimizer import create_optimizer, create_schedule
 from itemizedclip.training.options import ModelSettings, RunOptions
+from itemizedclip.training.parallel import Layout, lay_out
 from itemizedclip.training.task import ItemizedTask
 from itemizedclip.training.verdict import Findings
 
@@ -88,6 +89,25 @@ class Position:
 
 
 @dataclass
+class PendingSave:
+    """A checkpoint on its way to the disk.
+
+    Attributes:
+        path: its file.
+        step: of the weights.
+        started: by the process's clock.
+        written: ends when the tensors are written, by every rank that does.
+        commit: on the main rank: makes it count, and removes what it stands for.
+    """
+
+    path: Path
+    step: int
+    started: float
+    written: Future[None]
+    commit: Callable[[], None]
+
+
+@dataclass
 class Run:
     """Everything a run is made of; built once by `build`."""
 
@@ -95,7 +115,7 @@ class Run:
     ranks: Ranks
     folder: Path
     task: ItemizedTask
-    module: nn.Module
+    layout: Layout
     precision: Precision
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -110,6 +130,7 @@ class Run:
     bad_samples: BadSampleCounter
     stop: StopRequest
     meter: Meter
+    health: HealthReport
     tracking: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
@@ -120,6 +141,18 @@ class Run:
     last_checkpoint: Path | None = None
     claim: Claim | None = None
     saved_at: float = field(default_factory=monotonic)
+    pending: PendingSave | None = None
+    shard_group: Any = None
+    """Processes that write shards, in the background, too; made by the first save."""
+    save_asked: bool = False
+    """Whether this rank wants latest.pt after this step; all agree on it in the step."""
+    saved_step: int = -1
+    """Of the last such save."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What a step calls."""
+        return self.layout.module
 
     @property
     def model(self) -> DualEncoder:
@@ -167,6 +200,7 @@ def build(
     task = ItemizedTask(model, options.objective, num_chunks=options.loading.accum_freq).train()
     if settings.torchcompile:
         compile_towers(model)
+    layout = lay_out(task, ranks, options.parallel, precision)
     total_steps = options.optimizer.epochs * source.steps_per_epoch
     samples_per_epoch = source.steps_per_epoch * options.loading.step_batch
     try:
@@ -179,7 +213,7 @@ def build(
         ranks=ranks,
         folder=folder,
         task=task,
-        module=_wrap(task, ranks),
+        layout=layout,
         precision=precision,
         optimizer=optimizer,
         scaler=precision.scaler(),
@@ -194,6 +228,7 @@ def build(
         bad_samples=BadSampleCounter(samples_per_epoch, options.loading.max_bad_fraction),
         stop=stop,
         meter=Meter(ranks.device, precision.matmul_dtype, counts=not settings.torchcompile),
+        health=HealthReport(folder, ranks.is_main, options.logging.health_every),
     )
 
 
@@ -248,17 +283,6 @@ def compile_towers(model: DualEncoder) -> None:
     for part in blocks or [*model.image_tower(), *model.text_tower()]:
         if isinstance(part, nn.Module) and any(True for _ in part.children()):
             part.compile()
-
-
-def _wrap(task: ItemizedTask, ranks: Ranks) -> nn.Module:
-    if ranks.world_size == 1:
-        return task
-    # Buffers are constants here; PyTorch renamed the switch that stops their broadcast before every forward pass.
-    known = inspect.signature(DistributedDataParallel).parameters
-    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    settings: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
-    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(task, device_ids=device_ids, **settings)
 
 
 def start_from(model: DualEncoder, source: Path) -> None:

@@ -20,6 +20,7 @@ class Finding:
         step: its number, from 1.
         is_bad: loss or gradient was not finite on some rank; nothing was updated.
         wants_stop: a signal asks some rank to stop.
+        wants_save: some rank wants a checkpoint.
         loss: this rank's.
         sample_ids: of this rank's batch.
     """
@@ -27,6 +28,7 @@ class Finding:
     step: int
     is_bad: bool
     wants_stop: bool
+    wants_save: bool
     loss: float
     sample_ids: list[str]
 
@@ -43,7 +45,7 @@ class Findings:
 
         Args:
             step: from 1.
-            flags: two numbers on the run's device, not 0 where any rank says: bad, stop.
+            flags: three numbers on the run's device, not 0 where any rank says: bad, stop, save.
             loss: scalar on the device.
             sample_ids: of the batch.
         """
@@ -68,8 +70,8 @@ class Findings:
             self._arrived.synchronize()
         step, numbers, sample_ids = self._waiting
         self._waiting = self._arrived = None
-        is_bad, wants_stop, loss = numbers.tolist()
-        return Finding(step, bool(is_bad), bool(wants_stop), loss, sample_ids)
+        is_bad, wants_stop, wants_save, loss = numbers.tolist()
+        return Finding(step, bool(is_bad), bool(wants_stop), bool(wants_save), loss, sample_ids)
 
 
 def update_unless(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:

@@ -202,6 +202,12 @@ class ToyData:
     kill_in: Literal["", "write", "evaluation", "after-evaluation", "resume"] = ""
     """Kill this process with SIGKILL when that happens for the second time; "resume": the first time."""
 
+    slow_s: float = 0.0
+    """Seconds that the last rank takes longer for each step."""
+
+    drift_at: int = 0
+    """Change a weight of the last rank when step N starts; 0: never."""
+
     hang_at: int = 0
     """Sleep for ten minutes when step N starts; 0: never."""
 
@@ -240,7 +246,7 @@ def toy_train(options: ToyRun, **changes: object):
     dataset = ToyDataset(data.samples, bad=data.bad, nan=data.nan, wait_s=data.wait_s, hang=data.hang_sample)
     with launch_run(options) as ranks:
         model = ToyModel(data.dropout)
-        if data.kill_at or data.terminate_at or data.hang_at:
+        if data.kill_at or data.terminate_at or data.hang_at or data.slow_s or data.drift_at:
             _disturb(model, data)
         _kill_in(data.kill_in)
         arguments: dict = {
@@ -256,7 +262,7 @@ def toy_train(options: ToyRun, **changes: object):
 
 
 def _disturb(model: ToyModel, data: ToyData) -> None:
-    """Send this process a signal in the forward pass of a given step."""
+    """Signals and other mishaps in the forward pass of a given step."""
     steps = 0
 
     def before(module: nn.Module, arguments: tuple) -> None:
@@ -266,6 +272,12 @@ def _disturb(model: ToyModel, data: ToyData) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if steps == data.terminate_at and module.training and rank() == world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        is_last = module.training and rank() == world_size() - 1
+        if is_last and data.slow_s:
+            time.sleep(data.slow_s)
+        if is_last and steps == data.drift_at:
+            with torch.no_grad():
+                model.image.patches.weight[0, 0, 0, 0] += 1e-6
         if steps == data.hang_at and module.training:
             print("hanging", file=sys.stderr, flush=True)
             time.sleep(600)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 
 import pytest
@@ -97,6 +98,26 @@ def test_equals_autograd(way, blocks, world, keep_rate, name):
         ranks = [rank_inputs(10 * seed + rank, B, K, L, keep_rate=keep_rate) for rank in range(world)]
         theirs = step(ranks, is_fused=False, **COMBINATIONS[name])
         assert_alike(step(ranks, is_fused=True, **COMBINATIONS[name]), theirs, 1e-9)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_drawn_ranks_give_the_loss_and_gradients_of_all_on_average(way, blocks, monkeypatch, most):
+    """Over every possible draw, not over many random ones: equal to the last digits."""
+    ranks = [rank_inputs(70 + rank, 4, 3, 10) for rank in range(4)]
+    draws = list(itertools.permutations(range(3)))
+    found: dict[bool, list[dict[str, Tensor]]] = {True: [], False: []}
+    for draw in draws:
+        monkeypatch.setattr(torch, "randperm", lambda count, draw=draw: torch.tensor(draw))
+        for is_fused in (True, False):
+            found[is_fused].append(step(ranks, is_fused=is_fused, remote_ranks=most))
+        assert_alike(found[True][-1], found[False][-1], 1e-9)
+    monkeypatch.undo()
+    everyone = step(ranks, is_fused=True)
+    mean = {name: torch.stack([one[name] for one in found[True]]).mean(0) for name in everyone}
+    assert_alike(mean, everyone, 1e-9)
+    assert not torch.allclose(found[True][0]["loss"], everyone["loss"])
+    assert torch.equal(found[True][0]["mps"], everyone["mps"]), "MPS meets all"
+    assert_alike(step(ranks, is_fused=True, remote_ranks=3), everyone, 0.0)
 
 
 @pytest.mark.parametrize("keep_rate", [1.0, 0.5])

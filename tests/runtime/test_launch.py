@@ -164,6 +164,18 @@ def test_several_nodes_meet_at_the_first(project):
         assert f"{name}: set by slurm/train.sbatch" in done.stderr
 
 
+def test_nodes_that_may_come_and_go_meet_at_a_store(project):
+    nodes = {"NNODES": "3", "MASTER_ADDR": "node7", "MASTER_PORT": "29444", "GPUS": "8", "MAX_RESTARTS": "2"}
+    expected = [
+        "-m", "itemizedclip.runtime.torchrun", "--nnodes", "3:3", "--nproc_per_node", "8", "--max_restarts", "2",
+        "--rdzv_backend", "c10d", "--rdzv_id", "itemizedclip", "--rdzv_endpoint", "node7:29444", "--",
+    ]  # fmt: skip
+    assert arguments(project, **nodes)[:15] == expected
+    found = arguments(project, **nodes, MIN_NODES="2", RDZV_CONF="last_call_timeout=5")
+    assert found[3] == "2:3"
+    assert found[12:14] == ["--rdzv_conf", "last_call_timeout=5"]
+
+
 def test_a_number_of_processes_that_is_none(project):
     done = run_toy(project, GPUS="two")
     assert done.returncode == 2
