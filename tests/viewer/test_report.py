@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import io
@@ -12,8 +13,8 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
-from contextlib import contextmanager
 from html.parser import HTMLParser
 
 import numpy as np
@@ -29,6 +30,7 @@ from itemizedclip.models.factory import load_pretrained
 from itemizedclip.viewer.explanation import Explainer, Explanation, explain_input
 from itemizedclip.viewer.geometry import Geometry
 from itemizedclip.viewer.inputs import InputView, ModelInput, photograph_input
+from itemizedclip.viewer.page import serve
 from itemizedclip.viewer.page.html import described_items, pack_array, report_html, rounded_hu
 from itemizedclip.viewer.page.serve import (
     ASK_PATH,
@@ -338,7 +340,7 @@ def test_encoded_once_and_asked_often_equals_asked_at_once(loaded, picture):
     assert explainer.cut_items([]) == []
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(answer=None):
     """A server with the page "<p>page</p>" that answers with one planted item per text."""
 
@@ -434,7 +436,8 @@ def test_an_address_may_hold_any_bytes():
 
 
 def test_clients_that_hang_up_or_wait_are_no_errors(capfd, caplog, monkeypatch):
-    monkeypatch.setattr("itemizedclip.viewer.page.serve._Handler.timeout", 0.2)
+    monkeypatch.setattr(serve, "SILENCE_S", 0.2)
+    monkeypatch.setattr(serve, "REQUEST_S", 0.2)
     with serving(lambda items: {"filler": "x" * 10_000_000}) as server:
         host = f"Host: 127.0.0.1:{server.server_port}\r\n"
         ask = f"POST /{server.token}/{ASK_PATH} HTTP/1.1\r\n{host}Content-Type: application/json\r\n"
@@ -463,6 +466,75 @@ def test_clients_that_hang_up_or_wait_are_no_errors(capfd, caplog, monkeypatch):
             connection.close()
     assert "Traceback" not in capfd.readouterr().err
     assert not caplog.records
+
+
+def closed_after(connection: socket.socket, seconds: float) -> bool:
+    """Whether the server closes a connection within so many seconds."""
+    connection.settimeout(seconds)
+    try:
+        while connection.recv(2**20):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+def test_a_byte_now_and_then_keeps_no_connection_open(monkeypatch, caplog):
+    monkeypatch.setattr(serve, "REQUEST_S", 0.4)
+    with serving() as server:
+        ask = f"POST /{server.token}/{ASK_PATH} HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n"
+        for begin in ("G", ask, f"{ask}Content-Type: application/json\r\nContent-Length: 500\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+                connection.sendall(begin.encode())
+                for _ in range(100):
+                    try:
+                        connection.sendall(b"a")
+                    except ConnectionError:
+                        break
+                    if closed_after(connection, 0.05):
+                        break
+                else:
+                    pytest.fail(f"still open after {begin[:20]!r}")
+        assert send(server)[0] == 200
+    assert not caplog.records
+
+
+def test_an_answer_that_nobody_takes_is_given_up(monkeypatch):
+    monkeypatch.setattr(serve, "REQUEST_S", 0.3)
+    with serving() as server:
+        server.page = b"x" * 50_000_000
+        with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+            host = f"Host: 127.0.0.1:{server.server_port}"
+            connection.sendall(f"GET /{server.token}/ HTTP/1.1\r\n{host}\r\n\r\n".encode())
+            deadline = time.monotonic() + 10
+            while server._connections and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not server._connections
+
+
+@pytest.mark.parametrize(
+    "header", [b"x" * 200_000, b"A: " + b"x" * 100_000 + b"\r\n", b"A: x\r\n" * 150, b"A: x\r\n" * 50_000]
+)
+def test_headers_of_any_size_are_refused(header, caplog):
+    with serving() as server, socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection:
+        with contextlib.suppress(ConnectionError):  # closed before all of it was sent
+            connection.sendall(b"GET / HTTP/1.1\r\n" + header + b"\r\n")
+            assert connection.recv(12) in (b"HTTP/1.1 431", b"HTTP/1.1 400")
+        assert send(server)[0] == 200
+    assert not caplog.records
+
+
+def test_many_connections_that_ask_nothing_keep_nobody_out(monkeypatch):
+    monkeypatch.setattr(serve, "MAX_CONNECTIONS", 8)
+    with serving() as server:
+        silent = [socket.create_connection(("127.0.0.1", server.server_port)) for _ in range(40)]
+        assert send(server)[0] == 200
+        assert len(server._connections) <= 8
+        assert closed_after(silent[0], 10)
+        for connection in silent:
+            connection.close()
 
 
 def test_questions_are_checked():

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import io
 import json
 import logging
 import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -35,6 +38,19 @@ MAX_CHARACTERS = 2000
 """Of one text."""
 
 MAX_REQUEST_BYTES = 4 * MAX_ITEMS * MAX_CHARACTERS
+
+MAX_HEADER_BYTES = 2**16
+"""Of a request's first line and headers together; browsers send a few kB."""
+
+MAX_CONNECTIONS = 64
+"""At once; a browser opens six. Beyond that the one that has waited longest without asking is hung up on."""
+
+SILENCE_S = 60.0
+"""Seconds that a connection may wait before it begins a request."""
+
+REQUEST_S = 20.0
+"""Seconds from a request's first byte to its last, and for taking the answer."""
+
 _HOSTS = ("127.0.0.1", "localhost")
 
 Answer = Callable[[Sequence[str]], dict[str, Any]]
@@ -90,6 +106,8 @@ class ReportServer(ThreadingHTTPServer):
         self._answer = answer
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
+        # In the order in which they began to wait for a request.
+        self._waiting: dict[socket.socket, None] = {}
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except (OSError, OverflowError) as error:
@@ -98,13 +116,34 @@ class ReportServer(ThreadingHTTPServer):
             ) from error
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Note the connection, so that closing can end it."""
+        """Note the connection, so that closing can end it; with too many, one that asks nothing makes room."""
+        if len(self._connections) >= MAX_CONNECTIONS and not self._hang_up_on_the_idlest():
+            super().shutdown_request(request)
+            return
         self._connections.add(request)
         super().process_request(request, client_address)
+
+    def _hang_up_on_the_idlest(self) -> bool:
+        """Whether there was a connection without a whole request; its thread ends of itself."""
+        for connection in tuple(self._waiting):
+            self._waiting.pop(connection, None)
+            if connection in self._connections:
+                self._connections.discard(connection)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+                return True
+        return False
+
+    def waits(self, request: socket.socket, *, is_waiting: bool) -> None:
+        """A connection begins to wait for a request, or has got one whole."""
+        self._waiting.pop(request, None)
+        if is_waiting:
+            self._waiting[request] = None
 
     def shutdown_request(self, request: Any) -> None:
         """The connection is over."""
         self._connections.discard(request)
+        self._waiting.pop(request, None)
         super().shutdown_request(request)
 
     def server_close(self) -> None:
@@ -132,15 +171,71 @@ class ReportServer(ThreadingHTTPServer):
             return self._answer(items)
 
 
+class _Requests(io.RawIOBase):
+    """What a client sends, in time and in bounds: a byte now and then keeps no connection open.
+
+    Args:
+        connection: the client's.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.begin()
+
+    def begin(self) -> None:
+        """The next byte is the first of a request."""
+        self._deadline: float | None = None
+        self.header_bytes: int | None = 0
+
+    def readable(self) -> bool:
+        """See `io.RawIOBase`."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """See `io.RawIOBase`; raises TimeoutError, HTTPException for headers that are too long."""
+        left = SILENCE_S if self._deadline is None else self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+        count = self._connection.recv_into(buffer)
+        if self._deadline is None:
+            self._deadline = time.monotonic() + REQUEST_S
+        if self.header_bytes is not None:
+            self.header_bytes += count
+            if self.header_bytes > MAX_HEADER_BYTES + io.DEFAULT_BUFFER_SIZE:
+                raise HTTPException(f"headers of more than {MAX_HEADER_BYTES} bytes")
+        return count
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: ReportServer
     protocol_version = "HTTP/1.1"
     server_version = "itemizedclip"
     sys_version = ""
-    timeout = 60  # seconds that a connection may stay silent
+
+    def setup(self) -> None:
+        super().setup()
+        self._requests = _Requests(self.connection)
+        self.rfile = io.BufferedReader(self._requests)
+
+    def handle_one_request(self) -> None:
+        self._requests.begin()
+        self.server.waits(self.connection, is_waiting=True)
+        super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        is_sound = super().parse_request()
+        self._requests.header_bytes = None
+        return is_sound
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Of requests that are none; what is left of them is not read."""
+        self.close_connection = True
+        self._refuse(HTTPStatus(code), message or HTTPStatus(code).phrase)
 
     def do_GET(self) -> None:
         if self._is_allowed(""):
+            self.server.waits(self.connection, is_waiting=False)
             self._send(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
 
     def do_POST(self) -> None:
@@ -154,6 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         if len(body) < length:
             return  # hung up in the middle: nobody reads an answer
+        self.server.waits(self.connection, is_waiting=False)
         try:
             items = read_question(body)
             contents, status = self.server.answer(items), HTTPStatus.OK
@@ -206,6 +302,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, "application/json", json.dumps({"error": reason}).encode("utf-8"))
 
     def _send(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
+        # For the whole answer: a client that takes none of it is left.
+        self.connection.settimeout(REQUEST_S)
         self.send_response(status)
         headers = {
             "Content-Type": content_type,
