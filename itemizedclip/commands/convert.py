@@ -3,6 +3,7 @@
 itemizedclip convert epoch_24.pt --to shared/                                  safetensors and config.json, to share
 itemizedclip convert released.pt --model ViT-B-16-ItemizedCLIP --to model.safetensors
 itemizedclip convert shared/ --layout released --to released.pt                as the published scripts write and read
+itemizedclip convert open_clip_model.safetensors --towers --model ViT-B-16 --to start/     initial weights
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tyro
 
 from itemizedclip.models.factory import load_pretrained
 from itemizedclip.models.sharing import write_released, write_safetensors, write_shared
+from itemizedclip.models.towers import load_towers
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import check_writable
 from itemizedclip.runtime.flags import check, read_flags
@@ -41,7 +43,12 @@ class ConvertOptions:
     """shared: safetensors with the config; released: a .pt as the published scripts write it."""
 
     model: str | None = None
-    """Model name or config .json; only for released checkpoints, which do not carry their config."""
+    """Model name or config .json; only for released checkpoints, which do not carry their config, and for --towers,
+    where it may be open_clip's name."""
+
+    towers: bool = False
+    """Take the towers of another library (CLIP of open_clip; HLIP, with --model) as initial weights: what they lack,
+    the head above all, starts from random weights."""
 
     text_model: str | None = None
     """BERT folder or hub name whose tokenizer a released checkpoint uses; default: the hub name of its config."""
@@ -65,7 +72,10 @@ def run(options: ConvertOptions) -> list[Path]:
     check_writable(options.to.expanduser().parent if is_file else options.to, "--to")
     if is_file and options.to.resolve() == options.checkpoint.expanduser().resolve():
         raise UserError(f"{options.to}: is the checkpoint itself; give another place with --to")
-    loaded = load_pretrained(options.checkpoint, config=options.model, text_model=options.text_model)
+    if options.towers:
+        loaded = load_towers(options.checkpoint, config=options.model)
+    else:
+        loaded = load_pretrained(options.checkpoint, config=options.model, text_model=options.text_model)
     for note in loaded.notes:
         print(note)
     if options.layout == "released":

@@ -15,3 +15,9 @@ def end_somehow(number: int, folder: str) -> None:
     if number == 3:
         raise SystemExit(7)
     (Path(folder) / str(number)).write_text("done")
+
+
+def write_slowly(number: int, folder: str) -> None:
+    """Write a file after a second, so that a node can die meanwhile."""
+    time.sleep(1)
+    (Path(folder) / str(number)).write_text("done")

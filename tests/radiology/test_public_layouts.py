@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import run
+from commands import ROOT, run
 from itemizedclip_radiology.benchmarks.chest_ct import open_ct_rate
 from itemizedclip_radiology.benchmarks.head_ct import open_cq500, open_rsna
 from itemizedclip_radiology.benchmarks.mr_rate import MR_RATE_PROMPTS, open_mr_rate
@@ -163,8 +163,10 @@ def test_mr_rate_is_trained_on_and_scored(mr_rate, trained, tmp_path):
 
 @pytest.mark.slow
 def test_mr_rate_on_two_processes(mr_rate, trained, tmp_path):
-    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--",
-                "itemizedclip"]  # fmt: skip
+    launched = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--",
+        str(ROOT / "itemizedclip/__main__.py"),
+    ]  # fmt: skip
     result = run(*launched, "train", "mr-rate_debug", *flags_of_training(mr_rate, "two"), OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert "mr_rate_valid/macro_auc" in (mr_rate / "logs/two/metrics.jsonl").read_text()

@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from itemizedclip.runtime.files import check_writable, read_json, replacing, wri
 from itemizedclip.runtime.flags import at_least, check, loader_processes, read_flags
 from itemizedclip.runtime.jobs import run_jobs
 from itemizedclip.runtime.logs import literal, logging_to_console, progress_bar, standard_error
+from itemizedclip.runtime.ray_jobs import run_jobs_on_ray
 from itemizedclip.viewer.geometry import Geometry
 from itemizedclip.viewer.inputs import SeriesChoice
 from itemizedclip_radiology.data.archives import unpacked_archive
@@ -135,6 +136,12 @@ class PrepareStudiesOptions:
 
     workers: int | None = None
     """Processes at once; None: one per core, at most 8."""
+
+    engine: Literal["processes", "ray"] = "processes"
+    """processes of this machine, or the cores of a Ray cluster, whose nodes see the same folders."""
+
+    ray_address: str | None = None
+    """Of the cluster, such as "auto"; None: RAY_ADDRESS, else this machine."""
 
     shard: str = "1/1"
     """i/n: prepare the i-th of n parts of the source, such as "$SLURM_ARRAY_TASK_ID/64"."""
@@ -678,7 +685,12 @@ def prepare(options: PrepareStudiesOptions, all_tasks: Sequence[Task] | None = N
     seconds = 0.0
     with progress_bar("Preparing", enabled=True) as advance:
         jobs = [(task,) for task in waiting]
-        ends = run_jobs(prepare_entry, jobs, workers=workers, time_limit_s=60 * options.time_limit, preload=(__name__,))
+        limit_s = 60 * options.time_limit
+        if options.engine == "ray":
+            address = options.ray_address
+            ends = run_jobs_on_ray(prepare_entry, jobs, time_limit_s=limit_s, preload=(__name__,), address=address)
+        else:
+            ends = run_jobs(prepare_entry, jobs, workers=workers, time_limit_s=limit_s, preload=(__name__,))
         for done, end in enumerate(ends, start=1):
             seconds += end.seconds
             task = waiting[end.job]
