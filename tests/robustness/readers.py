@@ -11,7 +11,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,18 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
+from itemizedclip_2d.grounded_images import read_annotation
 from itemizedclip_2d.retrieval_sets import coco_karpathy, coco_val2017, flickr30k
 from itemizedclip_2d.rsicd import load_class_labels
 from itemizedclip_2d.rsicd_table import open_rsicd_table
 from itemizedclip_2d.shard_index import listed_counts, read_shard
+from itemizedclip_radiology.benchmarks.grounded_scans import read_rexgrounding
 from itemizedclip_radiology.benchmarks.head_ct import CQ500_COLUMNS, RSNA_COLUMNS, read_rsna_labels, read_study_list
 from itemizedclip_radiology.data.brain import _EntryCheck
 from itemizedclip_radiology.data.chest import _check_scan
 from itemizedclip_radiology.data.dicom import find_dicom_series, read_dicom, usable_series
 from itemizedclip_radiology.data.label_table import read_label_csv
-from itemizedclip_radiology.data.nifti import read_nifti
+from itemizedclip_radiology.data.nifti import read_label_volumes, read_nifti
 from itemizedclip_radiology.data.reports import StudyIndex, read_report_table
 from itemizedclip_radiology.data.volumes import read_volume
 from itemizedclip_radiology.models.text_tower import bert_config_of, load_bert_tokenizer
@@ -44,6 +46,8 @@ from itemizedclip.commands.questions import read_items_file
 from itemizedclip.data.images import decode_mask, decode_photograph
 from itemizedclip.data.items import load_item_lists
 from itemizedclip.data.jsonl import ImageItems
+from itemizedclip.evaluation.calibration import Calibration, FindingCalibration, OperatingPoint, read_calibration
+from itemizedclip.evaluation.cases import read_cases
 from itemizedclip.evaluation.scores import ScoreStore
 from itemizedclip.models.factory import check_config, create_model, create_tokenizer, load_model_config, load_pretrained
 from itemizedclip.search.store import map_shard, read_manifest, read_shard_header
@@ -127,6 +131,15 @@ def checkpoint_fields() -> dict[str, Any]:
     }  # fmt: skip
     assert set(state) == {f.name for f in fields(Checkpoint)}
     return state
+
+
+def calibration_fields() -> dict[str, Any]:
+    finding = FindingCalibration(
+        "a", ("an a",), 5, 7, "isotonic", (0.1, 0.2), (0.0, 1.0), 0.0, 0.0, (OperatingPoint(0.9, 0.1, 0.8, None),), 0.1,
+        None, {"brier": 0.1},
+    )  # fmt: skip
+    whole = Calibration("5" * 64, "tcsim", True, "fp32", 0.9, "own", ("6" * 32,), (finding,), {"b": "too few"})
+    return {"format": 1, **json.loads(json.dumps(asdict(whole)))}
 
 
 def tar_bytes(members: dict[str, bytes]) -> bytes:
@@ -358,4 +371,26 @@ BYTE_READERS: dict[str, Reader] = {
     ),
     "volume .pt": Reader(read_volume, lambda: torch_bytes(torch.zeros(4, 6, 6, dtype=torch.int16)), "v.pt"),
     "NIfTI": Reader(read_nifti, nifti_bytes, "v.nii"),
+    "masks in NIfTI": Reader(read_label_volumes, nifti_bytes, "v.nii"),
+    "findings with masks": Reader(
+        lambda path: read_rexgrounding(path, "val"),
+        lambda: {"val": [{"name": "train_1_a_1.nii.gz", "findings": {"0": "A nodule.", "1": "An effusion."}}]},
+        "dataset.json",
+    ),
+    "boxes": Reader(
+        read_annotation, lambda: b"<annotation><object><name>1</name></object></annotation>", "1.xml", names=".xml"
+    ),
+    "cases of an evaluation": Reader(
+        read_cases,
+        lambda: {
+            "classes": ["a"],
+            "one_each": False,
+            "cases": [
+                {"id": "1", "patient": "p", "scores": [0.5], "labels": [1]},
+                {"id": "2", "patient": "p", "scores": [-0.5], "labels": [None]},
+            ],
+        },
+        "x.cases.json",
+    ),
+    "calibration": Reader(read_calibration, calibration_fields, "calibration.json"),
 }
