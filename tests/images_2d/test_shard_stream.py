@@ -97,7 +97,7 @@ def test_files_commands_and_addresses_give_the_same(written):
 def test_what_cannot_be_read_is_said(written, tmp_path):
     broken = tmp_path / "broken.tar"
     broken.write_bytes(written.shards[0].read_bytes()[:9000] + b"x" * 5000)
-    with pytest.raises(BadSampleError, match="damaged|no member"):
+    with pytest.raises(BadSampleError, match=r"damaged|no member"):
         epochs(stream_of(str(broken), written), (0, 0))
     skipped = []
     stream = stream_of(f"{written.shards[1]}::{broken}", written, on_bad_sample="skip")

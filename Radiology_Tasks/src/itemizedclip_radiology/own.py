@@ -10,7 +10,7 @@ Axes: S series, D H W voxels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from itemizedclip_radiology.data.chest import ChestInput, ChestSettings, load_ch
 from itemizedclip_radiology.data.reports import StudyIndex
 from itemizedclip_radiology.data.studies import LoadedStudy, SeriesFile
 from itemizedclip_radiology.data.study_dataset import StudyDataset, UsableStudies
-from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size, read_volume
+from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size, read_volume, volume_file
 from itemizedclip_radiology.models.initial import RadiologyRun, trunk_config, volume_transform
 from itemizedclip_radiology.models.radiology_model import RadiologyItemizedCLIP
 from itemizedclip_radiology.recipes import ctrate, ctrate_debug, mri, mri_debug
@@ -59,7 +59,9 @@ def _index(file: OwnFile, *, is_train: bool, lower_case: bool) -> StudyIndex:
 def _without_files(index: StudyIndex, root: Path) -> list[str]:
     """Studies none of whose volumes is there."""
     rows = (index[row] for row in range(len(index)))
-    return [row["study"] for row in rows if not any((root / path).is_file() for path in row["series"].values())]
+    return [
+        row["study"] for row in rows if not any(volume_file(root / path).is_file() for path in row["series"].values())
+    ]
 
 
 class OwnBrainStudies(BrainStudies):
