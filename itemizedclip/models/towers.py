@@ -17,18 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itemizedclip.models.factory import (
-    CheckpointError,
-    LoadedModel,
-    create_model,
-    create_tokenizer,
-    given_checkpoint,
-    is_shipped,
-    list_models,
-    load_model_config,
-    load_weights,
-    read_checkpoint,
-)
+from itemizedclip.models.factory import LoadedModel, create_model, create_tokenizer, is_shipped, list_models, load_model_config
+from itemizedclip.models.weights import CheckpointError, given_checkpoint, load_weights, read_checkpoint
 
 _OPEN_CLIP = ("visual.conv1.weight", "visual.proj", "text_projection")
 _OPEN_CLIP_NAMES = {"visual.proj": "image_post.proj", "text_projection": "text_post.proj"}

@@ -206,11 +206,11 @@ def show_plan(plan: StepPlan, options: RunOptions, console: Console | None = Non
     devices = Table(title=title, title_justify="left")
     for name in ("GB", "such as", "TFLOP/s", "largest batch", "seconds a step of it", f"of {B} images"):
         devices.add_column(name, justify="left" if name == "such as" else "right")
-    for size, (name, rate) in DEVICES.items():
-        largest = plan.largest_batch(size * 1e9, PLANNED_RANKS, options.loading.accum_freq)
+    for gigabytes, (name, rate) in DEVICES.items():
+        largest = plan.largest_batch(gigabytes * 1e9, PLANNED_RANKS, options.loading.accum_freq)
         seconds = _seconds(plan, largest, rate) if largest else "–"
         here = _seconds(plan, B, rate) if largest >= B else f"{_seconds(plan, B, rate)}, does not fit"
-        devices.add_row(str(size), name, f"{rate / 1e12:.0f}", str(largest), seconds, here)
+        devices.add_row(str(gigabytes), name, f"{rate / 1e12:.0f}", str(largest), seconds, here)
     console.print(devices)
     traffic = Table(title=f"by number of processes, {B} images each", title_justify="left")
     for name in ("processes", "images a step", "TFLOP towers", "TFLOP loss", "MB sent by each"):

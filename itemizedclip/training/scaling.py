@@ -166,7 +166,7 @@ def measured_parts(plan: StepPlan, options: RunOptions, folder: Path) -> Parts:
     median = {name: statistics.median(line.get(name, 0.0) for line in lines) for name in _SECONDS}
     steps = [line["step_s"] for line in lines]
     ranks = max(1, round(lines[-1]["images_per_s"] * lines[-1]["step_s"] / batch))
-    B, K, L, D = batch, plan.items, plan.cost.tokens, plan.width
+    B, K, L, D = batch, plan.items, plan.tokens, plan.width
     attended = min(ranks, 1 + (options.objective.remote_ranks or ranks))
     own, two, all_of = (loss_flop(B, K, L, D, passes=plan.passes, ranks=W) for W in (1, 2, attended))
     per_flop = median["loss_s"] / all_of

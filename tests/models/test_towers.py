@@ -10,7 +10,8 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from safetensors.torch import save_file
 
 from itemizedclip.commands import convert
-from itemizedclip.models.factory import CheckpointError, load_model_config, load_pretrained
+from itemizedclip.models.factory import load_model_config, load_pretrained
+from itemizedclip.models.weights import CheckpointError
 from itemizedclip.models.towers import load_towers
 
 VISION = CLIPVisionCfg(layers=2, width=128, patch_size=8, image_size=32)

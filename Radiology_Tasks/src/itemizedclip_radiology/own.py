@@ -27,6 +27,7 @@ from itemizedclip.models.factory import create_model, family_of
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.flags import at_least
 from itemizedclip.runtime.processes import on_main
+from itemizedclip.runtime.remote import Place
 from itemizedclip.training.own import OwnData, checkpoint_config
 from itemizedclip.training.recipes import Opening, TrainingData
 from itemizedclip_radiology.data.brain import NUM_SERIES, BrainStudies
@@ -34,7 +35,7 @@ from itemizedclip_radiology.data.chest import ChestInput, ChestSettings, load_ch
 from itemizedclip_radiology.data.reports import StudyIndex
 from itemizedclip_radiology.data.studies import LoadedStudy, Preparation, ScanReader, SeriesFile
 from itemizedclip_radiology.data.study_dataset import StudyDataset, UsableStudies
-from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size, read_volume
+from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size, read_volume, volume_file
 from itemizedclip_radiology.models.initial import RadiologyRun, trunk_config, volume_transform
 from itemizedclip_radiology.recipes import ctrate, ctrate_debug, mri, mri_debug
 from itemizedclip_radiology.viewing.inputs import body_of, chest_scan_hu, scan_series
@@ -79,10 +80,15 @@ def _say_scans(file: OwnFile) -> None:
         )  # fmt: skip
 
 
-def _without_files(index: StudyIndex, root: Path) -> list[str]:
+def _without_files(index: StudyIndex, root: Place) -> list[str]:
     """Studies none of whose volumes is there."""
     rows = (index[row] for row in range(len(index)))
-    return [row["study"] for row in rows if not any((root / path).exists() for path in row["series"].values())]
+    return [row["study"] for row in rows if not any(_is_there(root / path) for path in row["series"].values())]
+
+
+def _is_there(path: Place) -> bool:
+    """A volume, packed or not, or the folder of a scan."""
+    return path.exists() or volume_file(path).is_file()
 
 
 class OwnBrainStudies(BrainStudies):

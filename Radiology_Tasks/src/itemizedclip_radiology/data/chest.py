@@ -25,6 +25,7 @@ from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.flags import check
 from itemizedclip.runtime.remote import Address, Place, here, names_in, place, relative_path
 from itemizedclip_radiology.data.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, is_scan_name, parse_volume_name
+from itemizedclip_radiology.data.packed_volumes import PackedVolume
 from itemizedclip_radiology.data.reports import StudyIndex, report_items
 from itemizedclip_radiology.data.studies import LoadedStudy, Study
 from itemizedclip_radiology.data.study_dataset import StudyDataset
@@ -40,9 +41,12 @@ from itemizedclip_radiology.data.volumes import (
     check_finite,
     chest_start,
     excess_rescale_hu,
+    open_volume,
+    read_part,
     read_volume,
     resize_chest,
     take_box,
+    volume_file,
 )
 
 logger = logging.getLogger(__name__)
@@ -206,6 +210,7 @@ def load_chest_volume(
     """
     path = Path(path) if isinstance(path, str) else path
     if cache is not None:
+        path = volume_file(path)
         if cache.window != options.window:
             raise UserError(f"the cache has {cache.window}, the input {options.window}; give both the same")
         if not path.is_file():
@@ -229,15 +234,16 @@ def _windowed_crop(
     path: Place, options: ChestInput, generator: np.random.Generator | None, hu: Tensor | None
 ) -> tuple[Tensor, VoxelMap]:
     """Pad and crop, reading and windowing only what the crop needs."""
-    volume = read_volume(path, memory_map=True) if hu is None else hu
+    volume = open_volume(path) if hu is None else hu
     start = chest_start(volume.shape, options.size, generator)
     # The lower end of the window is what padding means: 0 after windowing.
     fill = options.window.hu_min
-    inside = volume[tuple(slice(max(s, 0), max(s, 0) + m) for s, m in zip(start, options.size))]
+    inside = read_part(volume, [slice(max(s, 0), max(s, 0) + m) for s, m in zip(start, options.size)])
     check_finite(inside, source=path)
     inside_hu = inside.float()
     if not _shows_hu(inside_hu, path):
-        inside_hu = inside_hu + double_rescale_hu(volume, path, options)
+        whole = volume.whole() if isinstance(volume, PackedVolume) else volume
+        inside_hu = inside_hu + double_rescale_hu(whole, path, options)
     box = take_box(inside_hu, [min(s, 0) for s in start], options.size, fill=fill)
     return options.window.apply(box), VoxelMap.of_box(start)
 

@@ -120,7 +120,7 @@ def load_study(
         if max_series is not None and len(usable) == max_series:
             break
         try:
-            if read_scan is not None and entry.path.suffix != ".pt":
+            if read_scan is not None and isinstance(entry.path, Path) and entry.path.suffix != ".pt":
                 for part, grey in read_scan(entry.path, size):
                     one = replace(entry, name=f"{entry.name}_{part}" if part else entry.name)
                     usable.append((one, grey, VoxelMap.of_box((0, 0, 0)), "0-255"))

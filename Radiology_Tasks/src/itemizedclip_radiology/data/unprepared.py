@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from itemizedclip.runtime.remote import Address, Place
+
 _NIFTI = (".nii", ".nii.gz")
 _DICOM = (".dcm", ".dicom", ".ima")
 _PACKED = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -18,8 +20,10 @@ _MOST_LOOKED_AT = 2_000
 COMMAND = "itemizedclip prepare studies"
 
 
-def hint_for_missing(path: Path) -> str:
+def hint_for_missing(path: Place) -> str:
     """What lies beside a missing `.pt` file, as the end of a sentence; "" when nothing that could become it."""
+    if isinstance(path, Address):
+        return ""
     folder = path.parent
     kind = _kind_of(_names(folder, depth=1))
     if not kind:
@@ -27,13 +31,15 @@ def hint_for_missing(path: Path) -> str:
     return f". Beside it lie {kind}: run `{COMMAND} {_source_of(folder)} --to NEW --recipe mri` (or ct, chest-ct)"
 
 
-def hint_for_folder(folder: Path, recipe: str) -> str:
+def hint_for_folder(folder: Place, recipe: str) -> str:
     """What a folder holds instead of prepared studies, as the end of a sentence; "" when nothing that is known.
 
     Args:
         folder: that was given for training or evaluation.
         recipe: mri, ct or chest-ct.
     """
+    if isinstance(folder, Address):
+        return ""
     layout = _layout_of(folder)
     if layout:
         return f". It is {layout} as downloaded: run `{COMMAND} {folder} --from {layout} --to NEW`, and give NEW"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ from itemizedclip.data.batch import BadSampleError
 from itemizedclip.models.archive import is_archive
 from itemizedclip.runtime.errors import MissingFileError, UserError
 from itemizedclip.runtime.remote import Address, Place
+from itemizedclip_radiology.data.packed_volumes import PACKED_SUFFIX, PackedVolume
 from itemizedclip_radiology.data.unprepared import hint_for_grey_values, hint_for_missing, hint_for_size
 
 Size = tuple[int, int, int]
@@ -91,7 +92,8 @@ def read_volume(path: str | Place, *, memory_map: bool = False, allow_channels: 
     Nothing in the file is executed (`weights_only=True`).
 
     Args:
-        path: file written by `torch.save(tensor, path)`; one at an address is kept in the cache of this machine, and
+        path: file written by `torch.save(tensor, path)`, or a packed one (`packed_volumes`), which is also taken when
+            it lies beside a `.pt` that is not there; one at an address is kept in the cache of this machine, and
             fetched again when the checksums in it do not hold.
         memory_map: read pages only when they are used: for a crop of a large volume. Values are then not checked
             here; call `check_finite` on the part that is used.
@@ -134,19 +136,53 @@ def _archive_problem(path: Path) -> str:
     return "" if bad is None else f"{bad} does not have its checksum"
 
 
+def open_volume(path: str | Place) -> Tensor | PackedVolume:
+    """A volume of which parts are read: a memory-mapped tensor, or a packed file; see `read_volume` and `read_part`.
+
+    Raises:
+        BadSampleError, RemoteError: as `read_volume`; values are not checked.
+    """
+    path = Path(path) if isinstance(path, str) else path
+    return _packed(path) or read_volume(path, memory_map=True)
+
+
+def read_part(volume: Tensor | PackedVolume, box: Sequence[slice]) -> Tensor:
+    """The voxels of a box; of a packed file only the chunks it touches are read."""
+    return volume.read(box) if isinstance(volume, PackedVolume) else volume[tuple(box)]
+
+
+def _local_file(path: Place, check: Callable[[Path], str] = lambda path: "") -> Path | None:
+    """The file on this machine; None when there is none."""
+    if not isinstance(path, Address):
+        return path if path.is_file() else None
+    try:
+        return path.local(check)
+    except MissingFileError:
+        return None
+
+
+def volume_file(path: Place) -> Place:
+    """The file of a volume: the path itself, or the packed one beside a `.pt` that is not there."""
+    if path.suffix != ".pt" or path.is_file():
+        return path
+    packed = path.parent / f"{path.stem}{PACKED_SUFFIX}"
+    return packed if packed.is_file() else path
+
+
+def _packed(path: Place) -> PackedVolume | None:
+    path = volume_file(path)
+    file_here = _local_file(path) if path.suffix == PACKED_SUFFIX else None
+    return None if file_here is None else PackedVolume(file_here, source=path)
+
+
 def _load_tensor(path: Place, memory_map: bool) -> Tensor:
     expected = _EXPECTED
-    file_here: Path | None
-    if isinstance(path, Address):
-        try:
-            file_here = path.local(_archive_problem)
-        except MissingFileError:
-            file_here = None
-    else:
-        file_here = path if path.is_file() else None
+    packed = _packed(path)
+    if packed is not None:
+        return packed.whole()
+    file_here = _local_file(path, _archive_problem)
     if file_here is None:
-        hint = hint_for_missing(path) if isinstance(path, Path) else ""
-        raise BadSampleError(f"{path}: no such file; {expected}{hint}")
+        raise BadSampleError(f"{path}: no such file; {expected}{hint_for_missing(path)}")
     is_torch = False
     try:
         is_torch = is_archive(file_here)
