@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itemizedclip.models.factory import LoadedModel, create_model, create_tokenizer, is_shipped, list_models, load_model_config
+from itemizedclip.models.factory import (
+    LoadedModel,
+    create_model,
+    create_tokenizer,
+    is_shipped,
+    list_models,
+    load_model_config,
+)
 from itemizedclip.models.weights import CheckpointError, given_checkpoint, load_weights, read_checkpoint
 
 _OPEN_CLIP = ("visual.conv1.weight", "visual.proj", "text_projection")

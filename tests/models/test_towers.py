@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from itemizedclip.commands import convert
 from itemizedclip.models.factory import load_model_config, load_pretrained
-from itemizedclip.models.weights import CheckpointError
 from itemizedclip.models.towers import load_towers
+from itemizedclip.models.weights import CheckpointError
 
 VISION = CLIPVisionCfg(layers=2, width=128, patch_size=8, image_size=32)
 TEXT = CLIPTextCfg(context_length=12, vocab_size=49408, width=64, heads=1, layers=2)

@@ -26,6 +26,7 @@ from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.flags import at_least
 from itemizedclip.runtime.logs import only_errors_of
 from itemizedclip.runtime.processes import on_main
+from itemizedclip.runtime.remote import Address, Place
 from itemizedclip.training.engine import TrainResult
 from itemizedclip.training.options import LoadingSettings, ModelSettings, ObjectiveSettings, OptimizerSettings
 from itemizedclip.training.recipes import Opening, TrainingData, train_door
@@ -63,6 +64,17 @@ CXR_BERT_HUB_NAME = "microsoft/BiomedVLP-CXR-BERT-specialized"
 
 
 # --- brain MRI and head CT -------------------------------------------------------------------------------------------
+
+
+def _on_this_machine(folder: Place) -> Path:
+    """The folder of studies to validate on.
+
+    Raises:
+        UserError: an address.
+    """
+    if isinstance(folder, Address):
+        raise UserError(f"--labels: {folder} is elsewhere; studies to validate on are read from a local folder")
+    return folder
 
 
 @dataclass(frozen=True)
@@ -264,7 +276,7 @@ class MrRateData(StudyData):
         skips = options.loading.on_bad_sample == "skip"
 
         def read() -> LabelledStudies:
-            root = find_study_files(self.data_root, self.json_root).data_root
+            root = _on_this_machine(find_study_files(self.data_root, self.json_root).data_root)
             return open_mr_rate(labels, root, split="valid", prompts=self.prompts, allow_missing=skips)
 
         vision = trunk_config(opening.model)
@@ -372,10 +384,12 @@ class ChestData(ChestSettings):
         with only_errors_of("itemizedclip_radiology.data.reports", enabled=not opening.ranks.is_main):
             scans = scans_of(items_json, is_train=True)
         evaluators: list[Evaluator] = []
-        labels = on_main(lambda: find_validation_labels(self.labels, root))
-        if labels is not None:
-            reader = ChestReader(root, chest, self.cache(chest.window))
-            labelled = on_main(lambda: open_labelled(labels, root, reader, loading.on_bad_sample))
+        # Training volumes may lie at an address, those to validate on lie here.
+        here = root if isinstance(root, Path) or self.labels is None else _on_this_machine(root)
+        labels = on_main(lambda: find_validation_labels(self.labels, here) if isinstance(here, Path) else None)
+        if labels is not None and isinstance(here, Path):
+            reader = ChestReader(here, chest, self.cache(chest.window))
+            labelled = on_main(lambda: open_labelled(labels, here, reader, loading.on_bad_sample))
             evaluators.append(
                 MultiLabelEvaluator(
                     labelled,
