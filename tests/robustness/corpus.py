@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import tarfile
+import zipfile
 from collections.abc import Callable
 
 BRACKETS = b"[" * 10**6
+
+
+def tar_with_a_long_header() -> bytes:
+    """A pax header of 8 MB in 8 kB, which `tarfile` would hold in memory."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("x"), None)
+        long = tarfile.TarInfo("h")
+        long.type, long.size = tarfile.XHDTYPE, 2**23
+        file.write(long.tobuf())
+        file.write(bytes(2**23))
+    return gzip.compress(file.getvalue(), mtime=0)
+
+
+def zip_of_damaged_bytes() -> bytes:
+    """Its deflated bytes are no deflated bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.dcm", b"DICM" * 1000)
+    content = bytearray(file.getvalue())
+    content[35:45] = b"\xff" * 10
+    return bytes(content)
+
 
 FELL: dict[str, tuple[str, bytes | Callable[[], bytes]]] = {
     "a config of brackets": ("config of photographs", BRACKETS),
@@ -37,5 +64,7 @@ FELL: dict[str, tuple[str, bytes | Callable[[], bytes]]] = {
     "items that are half a character": ("item lists", b'{"a": ["\\ud800"]}'),
     "a safetensors header of 2**62 bytes": ("safetensors", (2**62).to_bytes(8, "little") + b"{}"),
     "a checkpoint that is an empty archive": ("checkpoint", b"PK\x05\x06" + bytes(18)),
+    "a study in a zip of damaged bytes": ("study .zip", zip_of_damaged_bytes),
+    "a study in a tar with a header of 8 MB": ("study .tar.gz", tar_with_a_long_header),
     "masks that are an empty archive": ("masks .npz", b"PK\x05\x06" + bytes(18)),
 }  # fmt: skip

@@ -6,18 +6,24 @@ made of that by `mutations`.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import gzip
 import io
 import json
 import tarfile
+import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import torch
 from itemizedclip_2d.grounded_images import read_annotation
 from itemizedclip_2d.retrieval_sets import coco_karpathy, coco_val2017, flickr30k
@@ -26,6 +32,7 @@ from itemizedclip_2d.rsicd_table import open_rsicd_table
 from itemizedclip_2d.shard_index import listed_counts, read_shard
 from itemizedclip_radiology.benchmarks.grounded_scans import read_rexgrounding
 from itemizedclip_radiology.benchmarks.head_ct import CQ500_COLUMNS, RSNA_COLUMNS, read_rsna_labels, read_study_list
+from itemizedclip_radiology.data.archives import unpacked_archive
 from itemizedclip_radiology.data.brain import _EntryCheck
 from itemizedclip_radiology.data.chest import _check_scan
 from itemizedclip_radiology.data.dicom import find_dicom_series, read_dicom, usable_series
@@ -39,6 +46,7 @@ from itemizedclip_radiology.prepare.labels import build_cq500, build_rsna
 from photograph_cases import photograph_cases
 from rsicd_files import image_cell
 from safetensors.torch import save
+from scan_files import write_dicom
 from torchvision.transforms.functional import pil_to_tensor
 
 from itemizedclip.commands.index import read_queries
@@ -197,6 +205,47 @@ def nifti_bytes() -> bytes:
     return nibabel.Nifti1Image(np.arange(512, dtype=np.int16).reshape(8, 8, 8), np.eye(4)).to_bytes()
 
 
+@cache
+def dicom_files() -> dict[str, bytes]:
+    """Name → content of a series of four slices."""
+    with TemporaryDirectory() as folder:
+        write_dicom(Path(folder), np.arange(256.0).reshape(8, 8, 4), np.diag([1.0, 1.0, 5.0, 1.0]))
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def dicom_bytes() -> bytes:
+    return next(iter(dicom_files().values()))
+
+
+def dicom_fields() -> dict[str, Any]:
+    """What the headers of such a series may hold, as JSON: one of the slices has it."""
+    return {
+        "Rows": 8, "Columns": 8, "NumberOfFrames": 1, "SamplesPerPixel": 1, "BitsAllocated": 16, "BitsStored": 16,
+        "HighBit": 15, "PixelRepresentation": 0, "PhotometricInterpretation": "MONOCHROME2", "RescaleSlope": 1,
+        "RescaleIntercept": -1024, "PixelSpacing": [1, 1], "SliceThickness": 5, "InstanceNumber": 2, "SeriesNumber": 1,
+        "ImagePositionPatient": [0, 0, 5], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "Modality": "CT",
+        "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"], "SeriesDescription": "chest", "SeriesInstanceUID": "1.2.3.4",
+        "StudyInstanceUID": "1.2.3", "FrameOfReferenceUID": "1.2.4", "PatientID": "1", "EchoTime": 3,
+        "DiffusionBValue": 0, "TemporalPositionIdentifier": 1, "AcquisitionNumber": 1, "ConvolutionKernel": "b",
+    }  # fmt: skip
+
+
+NIFTI_FIELDS: dict[str, Any] = {
+    "dim": [3, 8, 8, 8, 1, 1, 1, 1], "pixdim": [1, 1, 1, 1, 0, 0, 0, 0], "datatype": 4, "bitpix": 16, "vox_offset": 352,
+    "scl_slope": 1, "scl_inter": 0, "xyzt_units": 2, "qform_code": 1, "sform_code": 1, "quatern_b": 0, "qoffset_x": 0,
+    "srow_x": [1, 0, 0, 0], "srow_y": [0, 1, 0, 0], "srow_z": [0, 0, 1, 0], "sizeof_hdr": 348, "slice_end": 0,
+    "intent_code": 0, "cal_max": 0,
+}  # fmt: skip
+
+
+def zip_bytes(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    return file.getvalue()
+
+
 # --- readers ---------------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +280,68 @@ def shard(path: Path) -> object:
 
 
 def dicom(path: Path) -> object:
-    return [read_dicom(series) for series in usable_series(find_dicom_series(path.parent))[0]]
+    """The series of a folder of which one file is damaged."""
+    for name, content in list(dicom_files().items())[1:]:
+        path.with_name(name).write_bytes(content)
+    return study(path.parent)
+
+
+def study(folder: Path) -> object:
+    scans = [read_dicom(series) for series in usable_series(find_dicom_series(folder))[0]]
+    for scan in scans:
+        assert np.isfinite(scan.voxels).all()
+        assert np.isfinite(scan.affine).all()
+    return scans
+
+
+def dicom_with(path: Path) -> object:
+    """A series in one of whose headers these fields are."""
+    name, content = next(iter(dicom_files().items()))
+    data, usual = pydicom.dcmread(io.BytesIO(content)), dicom_fields()
+    found = json.loads(path.read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for key, value in found.items() if isinstance(found, dict) else ():
+            # What the format itself cannot hold, nobody can send.
+            with contextlib.suppress(Exception):
+                before = data.get(key)
+                if key in usual and usual[key] == value:
+                    continue
+                setattr(data, key, value)
+                try:
+                    pydicom.dcmwrite(io.BytesIO(), data, enforce_file_format=True)
+                except Exception:
+                    setattr(data, key, before)
+        pydicom.dcmwrite(path.with_name(name), data, enforce_file_format=True)
+    path.unlink()
+    return dicom(path.with_name(name))
+
+
+def nifti_with(path: Path) -> object:
+    """A volume in whose header these fields are."""
+    content = bytearray(nifti_bytes())
+    header = np.frombuffer(content, nibabel.Nifti1Header.template_dtype, count=1)
+    found = json.loads(path.read_bytes())
+    for key, value in found.items() if isinstance(found, dict) else ():
+        # What the format itself cannot hold, nobody can send.
+        with contextlib.suppress(Exception), np.errstate(all="ignore"):
+            header[key][0] = value
+    volume = path.with_suffix(".nii")
+    volume.write_bytes(content)
+    return nifti(volume)
+
+
+def nifti(path: Path) -> object:
+    scans = read_nifti(path)
+    for scan in scans:
+        assert np.isfinite(scan.voxels).all()
+        assert np.isfinite(scan.affine).all()
+    return scans
+
+
+def packed_study(path: Path) -> object:
+    with unpacked_archive(path) as folder:
+        return study(folder)
 
 
 JSON_READERS: dict[str, Reader] = {
@@ -370,7 +480,6 @@ BYTE_READERS: dict[str, Reader] = {
         always=True,
     ),
     "volume .pt": Reader(read_volume, lambda: torch_bytes(torch.zeros(4, 6, 6, dtype=torch.int16)), "v.pt"),
-    "NIfTI": Reader(read_nifti, nifti_bytes, "v.nii"),
     "masks in NIfTI": Reader(read_label_volumes, nifti_bytes, "v.nii"),
     "findings with masks": Reader(
         lambda path: read_rexgrounding(path, "val"),
@@ -393,4 +502,18 @@ BYTE_READERS: dict[str, Reader] = {
         "x.cases.json",
     ),
     "calibration": Reader(read_calibration, calibration_fields, "calibration.json"),
+    "NIfTI": Reader(nifti, nifti_bytes, "v.nii"),
+    "NIfTI, packed": Reader(nifti, lambda: gzip.compress(nifti_bytes(), mtime=0), "v.nii.gz"),
+    "DICOM": Reader(dicom, dicom_bytes, "a.dcm", names="own"),
+    "study .zip": Reader(packed_study, lambda: zip_bytes(dicom_files()), "s.zip"),
+    "study .tar": Reader(packed_study, lambda: tar_bytes(dicom_files()), "s.tar"),
+    "study .tar.gz": Reader(
+        packed_study, lambda: gzip.compress(tar_bytes(dicom_files()), mtime=0), "s.tar.gz", names=""
+    ),
 }
+
+HEADERS: dict[str, Reader] = {
+    "DICOM": Reader(dicom_with, dicom_fields, "fields.json", names="own"),
+    "NIfTI": Reader(nifti_with, lambda: NIFTI_FIELDS, "v.json", names="v.nii"),
+}
+"""Scans whose headers hold the fields of a JSON file."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from .bounds import taken_or_refused
 from .corpus import FELL
 from .mutations import changed_bytes, changed_data
-from .readers import BYTE_READERS, JSON_READERS, Reader, checkpoint_fields, load_checkpoint
+from .readers import BYTE_READERS, HEADERS, JSON_READERS, Reader, checkpoint_fields, load_checkpoint
 
 EXAMPLES = int(os.environ.get("ROBUSTNESS_EXAMPLES", "16"))
 """Of each reader; more, and other ones, with ROBUSTNESS_EXAMPLES=1000."""
@@ -49,9 +49,8 @@ def test_sound_files_are_taken(name):
     assert read(reader, sound if isinstance(sound, bytes) else as_json(sound))
 
 
-@pytest.mark.parametrize("name", JSON_READERS)
-def test_strange_fields(name):
-    reader = JSON_READERS[name]
+@pytest.mark.parametrize("reader", [*JSON_READERS.values(), *HEADERS.values()], ids=[*JSON_READERS, *HEADERS])
+def test_strange_fields(reader):
 
     @bounded_search
     @given(changed_data(reader.sound()))

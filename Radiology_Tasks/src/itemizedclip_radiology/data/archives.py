@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
+import lzma
 import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any, NoReturn, cast
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.runtime.errors import UserError
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 
@@ -18,6 +23,8 @@ MAX_BYTES = 32 * 2**30
 MAX_FILES = 200_000
 _MOST_PACKED = 200
 """Bytes of pixels that one packed byte becomes at most; more is made to fill disks."""
+_LARGEST_READ = 2**20
+"""Bytes that are asked for at once while an archive is read, headers included."""
 
 
 def is_archive(path: Path) -> bool:
@@ -33,6 +40,7 @@ def unpacked_archive(source: Path) -> Iterator[Path]:
 
     Raises:
         BadSampleError: damaged, encrypted, or larger than a study can be.
+        UserError: what the block raises, with the archive's name instead of the folder's.
     """
     if not (source.is_file() and is_archive(source)):
         yield source
@@ -45,23 +53,35 @@ def unpacked_archive(source: Path) -> Iterator[Path]:
                 _unzip(source, folder)
             else:
                 _untar(source, folder)
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
-            if isinstance(error, BadSampleError):
-                raise
-            raise BadSampleError(f"{source}: cannot be unpacked ({error}); copy it again, or give its folder") from None
+        except BadSampleError:
+            raise
         except OSError as error:
             raise BadSampleError(f"{source}: cannot be unpacked into {made} ({error.strerror or error})") from None
+        except Exception as error:  # damaged bytes make the readers fail in any way
+            reason = str(error) or type(error).__name__
+            raise BadSampleError(
+                f"{source}: cannot be unpacked ({reason}); copy it again, or give its folder"
+            ) from None
         entries = list(folder.iterdir())
-        yield entries[0] if len(entries) == 1 and entries[0].is_dir() else folder
+        try:
+            yield entries[0] if len(entries) == 1 and entries[0].is_dir() else folder
+        except UserError as error:
+            # The folder will be gone when somebody reads its name.
+            told = str(error).replace(str(folder), str(source))
+            raise type(error)(told if str(source) in told else f"{source}: {told}") from error.__cause__
 
 
-def _check(source: Path, sizes: list[int]) -> None:
+def _most(source: Path) -> int:
+    """Bytes that an archive may hold."""
+    return min(MAX_BYTES, max(2**28, source.stat().st_size * _MOST_PACKED))
+
+
+def _refuse(source: Path, files: int, size: int) -> NoReturn:
     packed = source.stat().st_size
-    if len(sizes) > MAX_FILES or sum(sizes) > min(MAX_BYTES, max(2**28, packed * _MOST_PACKED)):
-        raise BadSampleError(
-            f"{source}: holds {len(sizes):,} files of {sum(sizes) / 1e9:,.1f} GB in {packed / 1e6:,.1f} MB; expected "
-            "one study: unpack it yourself and give its folder"
-        )
+    raise BadSampleError(
+        f"{source}: holds {files:,} files or more, {size / 1e9:,.1f} GB in {packed / 1e6:,.1f} MB; expected one study: "
+        "unpack it yourself and give its folder"
+    )
 
 
 def _target(folder: Path, name: str) -> Path | None:
@@ -73,7 +93,9 @@ def _target(folder: Path, name: str) -> Path | None:
 def _unzip(source: Path, folder: Path) -> None:
     with zipfile.ZipFile(source) as archive:
         members = [one for one in archive.infolist() if not one.is_dir()]
-        _check(source, [one.file_size for one in members])
+        size = sum(one.file_size for one in members)
+        if len(members) > MAX_FILES or size > _most(source):
+            _refuse(source, len(members), size)
         for member in members:
             target = _target(folder, member.filename)
             if target is None:
@@ -85,17 +107,52 @@ def _unzip(source: Path, folder: Path) -> None:
 
 
 def _untar(source: Path, folder: Path) -> None:
-    with tarfile.open(source) as archive:
-        sizes: list[int] = []
-        for member in archive:
-            if not member.isreg():
-                continue
-            sizes.append(member.size)
-            _check(source, sizes)
-            target = _target(folder, member.name)
-            packed = archive.extractfile(member) if target is not None else None
-            if target is None or packed is None:
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as file:
-                shutil.copyfileobj(packed, file)
+    with source.open("rb") as file:
+        opener = _OPENERS.get(file.read(2), open)
+    with opener(source, "rb") as stream:
+        bounded = _Bounded(stream, source)
+        with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r:") as archive:
+            for number, member in enumerate(archive):
+                if number > MAX_FILES or member.size > _most(source):
+                    _refuse(source, number + 1, member.size)
+                target = _target(folder, member.name)
+                # Kilobytes of a sparse file unpack to gigabytes of zeros.
+                if not member.isreg() or member.issparse() or target is None:
+                    continue
+                packed = archive.extractfile(member)
+                if packed is None:
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as file:
+                    shutil.copyfileobj(packed, file)
+
+
+_OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+"""First two bytes of a packed file → what unpacks it."""
+
+
+class _Bounded:
+    """An unpacked stream that is read no further than a study goes, and not at once: headers may name any size."""
+
+    def __init__(self, stream: Any, source: Path) -> None:
+        self._stream = stream
+        self._source = source
+        self._most = _most(source)
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _LARGEST_READ:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        content: bytes = self._stream.read(size)
+        self._check(self.tell())
+        return content
+
+    def seek(self, offset: int) -> int:
+        self._check(offset)
+        return int(self._stream.seek(offset))
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def _check(self, offset: int) -> None:
+        if offset > self._most:
+            _refuse(self._source, 1, offset)
