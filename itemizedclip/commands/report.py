@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from itemizedclip.commands.questions import QuestionOptions, items_to_ask, score_table
-from itemizedclip.evaluation.calibration import calibration_of
+from itemizedclip.evaluation.calibration import Calibration, calibration_of
 from itemizedclip.models.factory import LoadedModel, load_pretrained
 from itemizedclip.models.weights import given_checkpoint
 from itemizedclip.runtime.errors import UserError, reported_errors
@@ -115,14 +115,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         explanation, cut = explainer.explain(items), explainer.cut_items(items)
         provenance = provenance_of(loaded, options.checkpoint)
         provenance.facts.append(("precision", precision.name))
+        calibration = calibration_of(options.checkpoint)
+        judgements = [] if calibration is None else explainer.judged(calibration, items)
         if items:
-            found = calibration_of(options.checkpoint)
-            Console().print(score_table(explanation, [] if found is None else explainer.judged(found, items)))
+            Console().print(score_table(explanation, judgements))
         if output is not None:
-            write_text(output, report_html(explanation, provenance, cut_items=cut))
+            write_text(output, report_html(explanation, provenance, cut_items=cut, judgements=judgements))
             _print_written(output)
         if options.serve:
-            serve(report_html(explanation, provenance, cut_items=cut, ask=ASK_PATH), explainer, options.port)
+            page = report_html(explanation, provenance, cut_items=cut, judgements=judgements, ask=ASK_PATH)
+            serve(page, explainer, options.port, calibration)
 
 
 def _print_written(output: Path) -> None:
@@ -132,11 +134,12 @@ def _print_written(output: Path) -> None:
         print(f"Beyond {LARGE_PAGE_MIB} MiB browsers take seconds to open a page, and some refuse.")
 
 
-def serve(page: str, explainer: Explainer, port: int) -> None:
+def serve(page: str, explainer: Explainer, port: int, calibration: Calibration | None = None) -> None:
     """Serve the page until Ctrl-C."""
 
     def answer(items: Sequence[str]) -> dict[str, Any]:
-        return described_items(explainer.explain(items), explainer.cut_items(items))
+        judgements = [] if calibration is None else explainer.judged(calibration, items)
+        return described_items(explainer.explain(items), explainer.cut_items(items), judgements)
 
     with ReportServer(page, answer, port) as server:
         print(f"open {server.url}\nOnly this machine can; Ctrl-C ends it.", flush=True)

@@ -72,6 +72,9 @@ LEAST_PATIENTS = 5
 ISOTONIC_FROM = 1000
 """Cases from which on isotonic regression is chosen; with fewer it overfits (scikit-learn's advice)."""
 
+QUANTILES = 21
+"""Scores of the calibration cases are kept at as many even shares: 0, 5, …, 100 %."""
+
 ERROR_BINS = 10
 """Of the expected calibration error: as many equally full bins."""
 
@@ -110,6 +113,8 @@ class FindingCalibration:
         present_from: scores of at least this have "present" in their conformal set; None: all have.
         absent_to: scores of at most this have "absent" in it; None: all have.
         quality: cross-fitted Brier score, expected calibration error, coverage by truth, share of undecided cases.
+        present_scores, absent_scores: of the calibration cases with and without it, at `QUANTILES` even shares from the
+            lowest to the highest; empty in files made before they were kept.
     """
 
     name: str
@@ -125,12 +130,19 @@ class FindingCalibration:
     present_from: float | None
     absent_to: float | None
     quality: Mapping[str, float]
+    present_scores: tuple[float, ...] = ()
+    absent_scores: tuple[float, ...] = ()
 
     def probability(self, scores_N: Array) -> Array:
         """Probability of the finding, (N,), as frequent as it was among the calibration cases."""
         if self.method == "platt":
             return 1 / (1 + np.exp(-np.clip(self.slope * scores_N + self.intercept, -500, 500)))
         return np.interp(scores_N, self.scores, self.probabilities)
+
+    def share_below(self, truth: Truth, score: float) -> float | None:
+        """How many of the calibration cases of this truth score lower, 0 … 1; None where that was not kept."""
+        scores = self.present_scores if truth == "present" else self.absent_scores
+        return float(np.interp(score, scores, np.linspace(0, 1, len(scores)))) if scores else None
 
     def truths(self, score: float) -> tuple[Truth, ...]:
         """The conformal set of one score."""
@@ -199,18 +211,26 @@ class Judgement:
         probability: of the finding.
         truths: conformal set: ("present",), ("absent",), both or neither.
         above: wanted sensitivity → whether the score reaches its threshold.
+        thresholds: wanted sensitivity → that threshold.
+        below: truth → share of the calibration cases of this truth that score lower; without those that are not known.
     """
 
     score: float
     probability: float
     truths: tuple[Truth, ...]
     above: Mapping[float, bool]
+    thresholds: Mapping[float, float] = field(default_factory=dict)
+    below: Mapping[Truth, float] = field(default_factory=dict)
 
 
 def judged(finding: FindingCalibration, score: float) -> Judgement:
     """A score of a finding, with what it means."""
     above = {point.wanted_sensitivity: score >= point.threshold for point in finding.operating_points}
-    return Judgement(score, float(finding.probability(np.array([score]))[0]), finding.truths(score), above)
+    thresholds = {point.wanted_sensitivity: point.threshold for point in finding.operating_points}
+    truths: tuple[Truth, ...] = ("present", "absent")
+    below = {truth: share for truth in truths if (share := finding.share_below(truth, score)) is not None}
+    probability = float(finding.probability(np.array([score]))[0])
+    return Judgement(score, probability, finding.truths(score), above, thresholds, below)
 
 
 @torch.no_grad()
@@ -287,6 +307,9 @@ _FINDING: dict[str, Rule] = {
     "absent_to": either(_SCORE, nothing()),
     "quality": plain_object(),
 }
+_KEPT_SCORES: dict[str, Rule] = {
+    key: either(several(_SCORE), Rule("[]", lambda value: value == [])) for key in ("present_scores", "absent_scores")
+}
 _POINT: dict[str, Rule] = {
     "wanted_sensitivity": _SHARE,
     "threshold": _SCORE,
@@ -308,7 +331,7 @@ def read_calibration(path: str | Path) -> Calibration:
         findings = []
         for row, entry in enumerate(values["findings"]):
             place = f"findings[{row}]"
-            check_fields(entry, _FINDING, place=place, required=_FINDING)
+            check_fields(entry, _FINDING | _KEPT_SCORES, place=place, required=_FINDING)
             rising = all(first <= second for first, second in zip(entry["scores"], entry["scores"][1:]))
             if len(entry["scores"]) != len(entry["probabilities"]) or not rising:
                 raise UserError(f"{place}: expected as many probabilities as scores, and rising scores")
@@ -318,7 +341,7 @@ def read_calibration(path: str | Path) -> Calibration:
             for at, point in enumerate(entry["operating_points"]):
                 check_fields(point, _POINT, place=f"{place}.operating_points[{at}]", required=_POINT)
                 points.append(OperatingPoint(**point))
-            listed = {key: tuple(entry[key]) for key in ("prompts", "scores", "probabilities")}
+            listed = {key: tuple(entry.get(key, ())) for key in ("prompts", "scores", "probabilities", *_KEPT_SCORES)}
             findings.append(FindingCalibration(**{**entry, **listed, "operating_points": tuple(points)}))
         plain = {key: value for key, value in values.items() if key != "format"}
         return Calibration(**{**plain, "patients": tuple(values["patients"]), "findings": tuple(findings)})
@@ -523,6 +546,7 @@ def fit_finding(
         whole.present_from if math.isfinite(whole.present_from) else None,
         whole.absent_to if math.isfinite(whole.absent_to) else None,
         quality,
+        *(tuple(np.quantile(scores_N[of], np.linspace(0, 1, QUANTILES)).tolist()) for of in (positive, ~positive)),
     )
 
 

@@ -219,6 +219,7 @@ def _slice_panel(
     view, values = views[slab.view], None
     lines = [view.name] if len(views) > 1 else []  # of one series the name stands above
     lines.append(f"{'peak slice' if is_peak else 'slice'} {_slice_number(view, slab.middle)} of {view.values.shape[0]}")
+    lines += _image_number(view, slab.middle)
     if mode is not None:
         grid_map = explanation.times_uniform(slab.view)[item]
         values = slice_of_map(grid_map, view, slab.middle, mode)
@@ -254,6 +255,14 @@ def _slice_number(view: InputView, d: int) -> int:
     if view.file_grid is None:
         return d + 1
     return _in_file(view.file_grid, (d, 0, 0))[view.file_grid.view_axis.index(0)] + 1
+
+
+def _image_number(view: InputView, d: int) -> list[str]:
+    """Such as "image 12", where the slices are images of a DICOM series; else nothing."""
+    labels = view.slice_labels
+    if labels is None or labels.axis != 0:
+        return []
+    return [part for part in labels.texts[d].split(" · ") if part.startswith("image ")]
 
 
 def slice_of_map(grid_map: Tensor, view: InputView, d: int, mode: Upsampling) -> np.ndarray:

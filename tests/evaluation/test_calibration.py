@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,3 +178,15 @@ def test_files(tmp_path, caplog):
 def test_too_few_patients():
     with pytest.raises(UserError, match="no finding can be calibrated; effusion: "):
         fit_calibration(drawn(8, 0), SCORED, FitSettings())
+
+
+def test_where_a_score_stands_among_known_cases(tmp_path):
+    own = drawn(400, 0)
+    scores, labels = own.scores_NC[:, 0], own.labels_NC[:, 0]
+    found = fit_finding("effusion", ["x"], scores, labels, own.patients, FitSettings())
+    for score in np.quantile(scores, [0.05, 0.4, 0.9]):
+        for truth, value in (("present", 1), ("absent", 0)):
+            lower = (scores[labels == value] < score).mean()
+            assert found.share_below(truth, score) == pytest.approx(lower, abs=0.03)
+    assert (found.share_below("absent", -9.0), found.share_below("present", 9.0)) == (0.0, 1.0)
+    assert replace(found, absent_scores=()).share_below("absent", 0.0) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -9,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -103,3 +108,31 @@ def browser(profile: Path) -> Iterator[Browser]:
         yield Browser(driver)
     finally:
         driver.quit()
+
+
+# --- reading and handling a report ---
+
+
+def pixels(page, number=0):
+    """RGB (rows, columns, 3) of a canvas, as drawn."""
+    page.settle()
+    data = page.run("return document.querySelectorAll('.well canvas')[arguments[0]].toDataURL()", number)
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))).convert("RGB")).astype(int)
+
+
+def press(page, *keys, selector=".well"):
+    page.run("document.querySelector(arguments[0]).focus()", selector)
+    for key in keys:
+        ActionChains(page.driver).send_keys(key).perform()
+    page.settle()
+
+
+def hover(page, x, y, number=0):
+    """Point at a place of a canvas, in shares of its width and height; returns what is read out."""
+    canvas = page.find_all(".well canvas")[number]
+    box = canvas.rect
+    ActionChains(page.driver).move_to_element_with_offset(
+        canvas, round((x - 0.5) * box["width"]), round((y - 0.5) * box["height"])
+    ).perform()
+    page.settle()
+    return page.text("#readout")

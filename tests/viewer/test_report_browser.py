@@ -17,6 +17,7 @@ from matplotlib import colormaps
 from PIL import Image
 from report_cases import AXIAL, PROVENANCE, head_ct, photograph, planted_maps, scan, study
 
+from itemizedclip.evaluation.calibration import Judgement
 from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import LEAST_PEAK, MIN_SCALE_TOP
 from itemizedclip.viewer.files import describe
@@ -27,7 +28,7 @@ from itemizedclip.viewer.page.serve import ASK_PATH, ReportServer
 
 pytest.importorskip("selenium", reason="selenium is not installed (extra dev)")
 
-from browser import BROWSER, DRIVER, MISSING, browser
+from browser import BROWSER, DRIVER, MISSING, browser, hover, pixels, press
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 from selenium.webdriver.common.keys import Keys
@@ -64,13 +65,6 @@ def show(chromium, tmp_path):
 # --- reading the screen -----------------------------------------------------------------------------------------------
 
 
-def pixels(page, number=0):
-    """RGB (rows, columns, 3) of a canvas, as drawn."""
-    page.settle()
-    data = page.run("return document.querySelectorAll('.well canvas')[arguments[0]].toDataURL()", number)
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))).convert("RGB")).astype(int)
-
-
 def set_field(page, field, value):
     """Move a slider or choose an option as a user's hand would leave it."""
     page.run(
@@ -78,13 +72,6 @@ def set_field(page, field, value):
         "f.dispatchEvent(new Event('input')); f.dispatchEvent(new Event('change'));",
         field, str(value),
     )  # fmt: skip
-    page.settle()
-
-
-def press(page, *keys, selector=".well"):
-    page.run("document.querySelector(arguments[0]).focus()", selector)
-    for key in keys:
-        ActionChains(page.driver).send_keys(key).perform()
     page.settle()
 
 
@@ -122,17 +109,6 @@ def outline_of(nearest, width=3):
 def slice_of(page):
     """(current slice, number of slices), both as on the screen."""
     return tuple(int(number) for number in page.text("#slice-label").split(" ", 1)[1].split(" / "))
-
-
-def hover(page, x, y, number=0):
-    """Point at a place of a canvas, in shares of its width and height; returns what is read out."""
-    canvas = page.find_all(".well canvas")[number]
-    box = canvas.rect
-    ActionChains(page.driver).move_to_element_with_offset(
-        canvas, round((x - 0.5) * box["width"]), round((y - 0.5) * box["height"])
-    ).perform()
-    page.settle()
-    return page.text("#readout")
 
 
 # --- where the attention appears --------------------------------------------------------------------------------------
@@ -672,6 +648,28 @@ def test_opposite_items_are_read_against_each_other(show):
     rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
     assert [row["opposite_item"] for row in rows] == ["3", "6", "1", "", "", "2"]
     assert float(rows[2]["above_opposite"]) == pytest.approx(scores[2] - scores[0], abs=1e-5)
+
+
+def test_calibrated_scores_say_where_they_stand(chromium, tmp_path):
+    judgement = Judgement(0.31, 0.42, ("present",), {0.9: True}, {0.9: 0.25}, {"present": 0.35, "absent": 0.93})
+    html = report_html(study(), PROVENANCE, judgements=[judgement, None])
+    (tmp_path / "report.html").write_text(html, encoding="utf-8")
+    chromium.open((tmp_path / "report.html").as_uri())
+    first, second = chromium.find_all(".item")
+    assert (
+        "Calibrated score 0.310: present, probability 42 % where it was calibrated; reaches the threshold 0.250 that "
+        "finds 90 %; higher than 93 % of studies without it; higher than 35 % of studies with it."
+    ) in first.text.replace("\u00a0", " ")
+    assert "alibrated" not in second.text
+    line, mark = (
+        first.find_element("css selector", ".rail .line").rect,
+        first.find_element("css selector", ".rail i").rect,
+    )
+    assert (mark["x"] + 1.5 - line["x"]) / line["width"] == pytest.approx(0.93, abs=0.02)
+    _, data = saved_by(chromium, "#save-table")
+    rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
+    assert [row["conformal_set"] for row in rows] == ["present", ""]
+    assert chromium.complaints() == []
 
 
 def test_windows_with_values_of_their_own_are_one_tab(show):

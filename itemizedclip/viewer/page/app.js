@@ -118,7 +118,8 @@ function itemRow(item) {
   const compare = element("button", { type: "button", className: "quiet compare", "aria-pressed": "false" }, "Compare");
   compare.addEventListener("click", () => compareWith(item));
   const opposed = element("p", { className: "opposed", hidden: true });
-  item.row = element("div", { className: "item" }, label, opposed, compare);
+  const standing = item.standing ? [element("div", { className: "standing" }, standingBars(item.standing), element("p", {}, standingText(item.standing)))] : [];
+  item.row = element("div", { className: "item" }, label, ...standing, opposed, compare);
   Object.assign(item, { radio, strip, numbers, compare, opposed });
   return item.row;
 }

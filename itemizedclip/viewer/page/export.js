@@ -82,7 +82,7 @@ const rounded = (value, digits) => Number(value.toFixed(digits));
 
 /** Every item with its numbers over all heads; slices, rows and columns count from 1, mm as in NIfTI. */
 function tableOfFindings() {
-  const head = ["item", "text", "tcsim", "opposite_item", "above_opposite", "is_localised", "peak_times_even", "nowhere_share", "peak_series", "peak_window", "slice", "row", "column",
+  const head = ["item", "text", "tcsim", "opposite_item", "above_opposite", "calibrated_score", "calibrated_probability", "conformal_set", "is_localised", "peak_times_even", "nowhere_share", "peak_series", "peak_window", "slice", "row", "column",
     "mm_right", "mm_front", "mm_head", "slice_label", ...views.map((_, s) => `share_${nameOf(s)}`)];
   const rows = items.map((item, k) => {
     const attention = item.attention(-1), { shares, nowhere, peak, peakView, peakCell } = attention, view = views[peakView];
@@ -92,7 +92,9 @@ function tableOfFindings() {
     const mm = world?.map((x) => rounded(x, 1)) ?? ["", "", ""];
     const place = isFound ? [seriesList[seriesOf(peakView)].name, labelOf(peakView), ...voxel.map((n) => n + 1), ...mm, label] : Array(9).fill("");
     const against = item.opposite ? [items.indexOf(item.opposite) + 1, rounded(item.score - item.opposite.score, 6)] : ["", ""];
-    return [k + 1, item.text, rounded(item.score, 6), ...against, isFound ? "yes" : "no", rounded(peak, 3), rounded(nowhere, 4),
+    const { standing } = item;
+    const calibrated = standing ? [rounded(standing.score, 6), rounded(standing.probability, 4), standing.truths.join(" or ")] : ["", "", ""];
+    return [k + 1, item.text, rounded(item.score, 6), ...against, ...calibrated, isFound ? "yes" : "no", rounded(peak, 3), rounded(nowhere, 4),
       ...place, ...shares.map((share) => rounded(share, 4))];
   });
   return [head, ...rows].map((row) => row.map(csvField).join(",")).join("\r\n") + "\r\n";

@@ -26,12 +26,13 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
+from itemizedclip.evaluation.calibration import Judgement
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.viewer.explanation import Explanation
 from itemizedclip.viewer.figures import COLOUR_MAP, LEAST_PEAK, MIN_SCALE_TOP
 from itemizedclip.viewer.inputs import InputView
 
-SCRIPTS = ("data.js", "planes.js", "paint.js", "opposites.js", "measure.js", "export.js", "app.js")
+SCRIPTS = ("data.js", "planes.js", "paint.js", "standing.js", "opposites.js", "measure.js", "export.js", "app.js")
 """Parts of the page's one script, in this order."""
 
 MOST_LOSSLESS_PIXELS = 4_000_000
@@ -73,7 +74,12 @@ class Provenance:
 
 
 def report_html(
-    explanation: Explanation, provenance: Provenance, *, cut_items: Sequence[bool] | None = None, ask: str | None = None
+    explanation: Explanation,
+    provenance: Provenance,
+    *,
+    cut_items: Sequence[bool] | None = None,
+    judgements: Sequence[Judgement | None] = (),
+    ask: str | None = None,
 ) -> str:
     """The page, complete.
 
@@ -81,6 +87,7 @@ def report_html(
         explanation: the image or study and its items; without an item only when `ask` is given.
         provenance: what it was made from.
         cut_items: T, which texts the text tower does not read to their end.
+        judgements: T, what calibrated scores mean; empty: nothing is said of it.
         ask: address, relative to the page, that answers further texts (`itemizedclip.viewer.page.serve`).
 
     Raises:
@@ -90,7 +97,7 @@ def report_html(
         raise UserError("no text to look for; give at least one item")
     source = explanation.source
     blocks: dict[str, str] = {}
-    items = described_items(explanation, cut_items)
+    items = described_items(explanation, cut_items, judgements)
     blocks["maps"] = items["maps"].pop("data")
     items["maps"]["block"] = "maps"
     notes = [*source.notes, *provenance.notes]
@@ -130,12 +137,15 @@ def report_html(
     return _filled_page(source.name, provenance, contents, blocks, may_ask=ask is not None)
 
 
-def described_items(explanation: Explanation, cut_items: Sequence[bool] | None = None) -> dict[str, Any]:
+def described_items(
+    explanation: Explanation, cut_items: Sequence[bool] | None = None, judgements: Sequence[Judgement | None] = ()
+) -> dict[str, Any]:
     """Items with their scores and maps, as the page reads them.
 
     Args:
         explanation: T items.
         cut_items: T, which texts the text tower does not read to their end.
+        judgements: T, or none.
     """
     maps = explanation.maps
     cut = [False] * len(explanation.items) if cut_items is None else cut_items
@@ -145,10 +155,24 @@ def described_items(explanation: Explanation, cut_items: Sequence[bool] | None =
             "score": round(float(maps.scores[k]), 6),
             "headNowhere": [round(share, 6) for share in maps.head_nowhere[k].tolist()],
             "isCut": bool(cut[k]),
+            "standing": _described_judgement(judgements[k]) if judgements else None,
         }
         for k, text in enumerate(explanation.items)
     ]
     return {"items": described, "maps": pack_array(_shortened(maps.times_uniform(per_head=True).numpy()))}
+
+
+def _described_judgement(judgement: Judgement | None) -> dict[str, Any] | None:
+    """Where a score stands among the calibration cases, for the page."""
+    if judgement is None:
+        return None
+    return {
+        "score": judgement.score,
+        "probability": judgement.probability,
+        "truths": list(judgement.truths),
+        "thresholds": [[wanted, value, judgement.above[wanted]] for wanted, value in judgement.thresholds.items()],
+        "below": dict(judgement.below),
+    }
 
 
 @dataclass(frozen=True)
