@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(540)]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head that has no core for jobs, and two nodes of one core each; this process is connected to it."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "240")  # on a busy machine
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 

@@ -37,6 +37,7 @@ from itemizedclip_radiology.benchmarks.chest_ct import rad_chestct_id
 from itemizedclip_radiology.benchmarks.head_ct import WINDOWS, cq500_id
 from itemizedclip_radiology.data.archives import ARCHIVE_SUFFIXES, is_archive
 from itemizedclip_radiology.data.ct_rate_tree import EXCLUDED_RECONSTRUCTIONS, parse_volume_name
+from itemizedclip_radiology.data.mr_rate_tree import series_name
 from itemizedclip_radiology.data.nifti import is_nifti, nifti_stem, read_nifti
 from itemizedclip_radiology.data.scans import MAX_VOXELS, Scan, plain_voxels
 from itemizedclip_radiology.data.volumes import excess_rescale_hu
@@ -134,8 +135,6 @@ class MrRate(PublicLayout):
     has_index = True
 
     _SPLITS: ClassVar[dict[str, str]] = {"train": "train", "val": "valid", "valid": "valid", "test": "test"}
-    _PLANES: ClassVar[dict[str, str]] = {"axi": "AX_", "sag": "SAG_", "cor": "COR_", "obl": ""}
-    _SERIES = re.compile(r"(?P<kind>[a-z0-9]+)-[a-z]+-(?P<plane>axi|sag|cor|obl)(-(?P<number>\d+))?")
 
     def entries(self, source: Path, state: Path) -> list[Entry]:
         """See `PublicLayout`; only studies of splits.csv."""
@@ -194,12 +193,8 @@ class MrRate(PublicLayout):
         named = []
         for path in _children(folders[0]):
             if is_nifti(path):
-                stem = nifti_stem(path).removeprefix(f"{entry.study}_")
-                match = self._SERIES.fullmatch(stem)
-                number = f"_{match['number']}" if match and match["number"] else ""
-                named.append(
-                    (f"{self._PLANES[match['plane']]}{match['kind'].upper()}{number}" if match else stem, path)
-                )
+                stem = nifti_stem(path)
+                named.append((series_name(stem) or stem.removeprefix(f"{entry.study}_"), path))
         return named
 
 

@@ -48,6 +48,7 @@ from itemizedclip_radiology.data.archives import unpacked_archive
 from itemizedclip_radiology.data.chest import ChestInput, ChestSettings, double_rescale_hu
 from itemizedclip_radiology.data.ct_rate_tree import parse_volume_name
 from itemizedclip_radiology.data.dicom import DicomSeries, find_dicom_series, read_dicom, usable_series
+from itemizedclip_radiology.data.mr_rate_tree import series_name as mr_rate_series
 from itemizedclip_radiology.data.nifti import is_nifti, nifti_stem, read_nifti
 from itemizedclip_radiology.data.reports import report_items
 from itemizedclip_radiology.data.scans import (
@@ -287,6 +288,9 @@ def _single_tensor(path: Path) -> SeriesFile:
 def _nifti_name(path: Path) -> str:
     """The part of a NIfTI file's name that tells its series: what follows the last hyphen, or its folder's name."""
     stem = path.name[: path.name.lower().rindex(".nii")]
+    mr_rate = mr_rate_series(stem)
+    if mr_rate is not None:
+        return mr_rate
     if stem.lower() in ("series", "img", "image", "scan"):
         parents = [parent.name for parent in path.resolve().parents if parent.name.lower() != "nifti"]
         return parents[0] if parents else stem
