@@ -4,8 +4,8 @@
     itemizedclip evaluate robustness --data scenes --checkpoint epoch_16.pt
 
 Of every image one item is asked (its first), and beside it an item of another image that this one does not have:
-a model that sees prefers its own, chance is one half. The same is asked again in other words, negated, with sides
-exchanged, of the mirrored image, and of the image with regions erased or series missing.
+a model that sees prefers its own, chance is one half. The same is asked again in other words, negated, and of the image
+with regions erased or series missing; the first item that has an opposite is asked beside it, and of the mirror image.
 
 Axes: N images, T texts of one image, S series; *grid token axes.
 """
@@ -214,8 +214,10 @@ class RobustnessEvaluator:
         rng = np.random.default_rng((self.seed, row))
         mine = {text.casefold() for text in items[row]}
         others = sorted({text for texts in items.values() for text in texts if text.casefold() not in mine})
-        texts: dict[str, str | None] = {"own": own, "negation": negated(own), "opposite": swapped(own)}
-        texts["mirrored"] = swapped(own, LEFT_RIGHT)
+        texts: dict[str, str | None] = {"own": own, "negation": negated(own)}
+        for name, pairs in (("opposite", OPPOSITES), ("mirrored", LEFT_RIGHT)):
+            of = next((text for text in items[row] if swapped(text, pairs)), None)
+            texts |= {} if of is None else {f"{name}/of": of, name: swapped(of, pairs)}
         texts |= {f"wording/{name}": wording(own) for name, wording in WORDINGS.items()}
         if others:
             other = others[int(rng.integers(len(others)))]
@@ -241,12 +243,12 @@ class RobustnessEvaluator:
             "own": prefers("own", "other"),
             "negation": prefers("own", "negation"),
             "negation_absent": prefers("other/negation", "other"),
-            "opposite": prefers("own", "opposite"),
+            "opposite": prefers("opposite/of", "opposite"),
             **{f"wording/{name}": prefers(f"wording/{name}", f"other/wording/{name}") for name in WORDINGS},
         }
         if "mirrored" in at:
             mirrored = self._encode(model, sample.image[None].flip(-1), sample.series_names)
-            compared["mirrored"] = prefers("mirrored", "own", self._scores(model, mirrored, texts_TD)[0])
+            compared["mirrored"] = prefers("mirrored", "mirrored/of", self._scores(model, mirrored, texts_TD)[0])
         found |= {name: value for name, value in compared.items() if value is not None}
         found |= self._erased(model, sample, features, texts_TD[at["own"]][None], float(scores[at["own"]]), row)
         items = [at[name] for name in names if name.startswith("item ")]
