@@ -13,7 +13,6 @@ Axes: N images, T texts of one image, S series; *grid token axes.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError, ItemSample, Tokenizer
 from itemizedclip.data.jsonl import OwnFile, check_files, read_own
+from itemizedclip.data.opposites import LEFT_RIGHT, OPPOSITES, negated, swapped
 from itemizedclip.data.scenes import LEVELS, ScenesDataset
 from itemizedclip.evaluation.attention import maps_of_features
 from itemizedclip.evaluation.benchmark import Benchmark, BenchmarkOptions, Subject
@@ -61,45 +61,12 @@ WORDINGS: dict[str, Callable[[str], str]] = {
 }
 """Name → the same item in other words."""
 
-OPPOSITES = (
-    ("left", "right"), ("upper", "lower"), ("small", "large"), ("increased", "decreased"), ("anterior", "posterior"),
-    ("superior", "inferior"), ("mild", "severe"), ("above", "below"), ("narrowed", "widened"), ("acute", "chronic"),
-)  # fmt: skip
-"""Words that make an item its opposite when they are exchanged."""
-
 ERASED_SHARE = 0.1
 """Of the patches, in `erased_…`."""
 
 CURVE_STEPS = 10
 """Shares 0, 1 / CURVE_STEPS, … 1 of the patches in the deletion and insertion curves."""
 
-
-def negated(item: str) -> str | None:
-    """An item's denial, or, of a denial, what it denies: "no effusion" ↔ "effusion"; None where it is unclear."""
-    text = item.strip()
-    lowered = text.lower()
-    if lowered.startswith(("no ", "without ")):
-        return text.partition(" ")[2]
-    if re.search(r"\b(no|not|without|none|absent|negative)\b", lowered):
-        return None
-    return f"no {re.sub(r'^(an?|the) ', '', text, flags=re.IGNORECASE)}"
-
-
-def swapped(item: str, pairs: Sequence[tuple[str, str]] = OPPOSITES) -> str | None:
-    """An item with the first pair of opposite words that occurs in it exchanged; None where there is none."""
-    for first, second in pairs:
-        if re.search(rf"\b({first}|{second})\b", item, flags=re.IGNORECASE):
-            other = {first: second, second: first}
-            return re.sub(
-                rf"\b({first}|{second})\b",
-                lambda match, other=other: other[match[0].lower()],
-                item,
-                flags=re.IGNORECASE,
-            )
-    return None
-
-
-LEFT_RIGHT = (("left", "right"),)
 
 MEASURES = {
     "own": "own item rather than another image's",
