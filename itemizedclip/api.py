@@ -281,7 +281,12 @@ def train(
         raise UserError("train() takes model and dataset together, or neither for the recipe's own")
     tokenizer = factory.create_tokenizer(model.config)
     num_items = options.loading.num_sampled_captions
-    collator = ItemCollator(tokenizer, num_items, join_items=options.objective.joins_items)
+    collator = ItemCollator(
+        tokenizer,
+        num_items,
+        join_items=options.objective.joins_items,
+        contradictions=options.objective.uses_contradictions,
+    )
     fingerprint = str(getattr(dataset, "fingerprint", ""))
     return engine.train(
         options,

@@ -97,9 +97,16 @@ OBJECTIVES: dict[str, Objective] = {
         _rung("iis", "mps", "uwp", "kta", "mask"),
     ),
     "recipe": Objective("the recipe's objective as it is"),
+    "recipe+coverage": Objective("the recipe's and the coverage term", ("--coverage-weight", "0.5")),
+    "recipe+contradiction": Objective(
+        "the recipe's and contradictions as hard negatives", ("--contradiction-weight", "0.5")
+    ),
 }
 """What --objectives chooses from. The ladder tcs … +mask adds one part of the paper at a time, with the weights of the
 recipe and without the duplicate masking that some recipes have."""
+
+PUBLISHED = tuple(name for name in OBJECTIVES if not name.startswith("recipe+"))
+"""What is compared by default: published objectives and the recipe."""
 
 _LONG_TEXT = ("--model", "ViT-scenes-long-text-ItemizedCLIP")
 """The scenes' model with a context of 64 tokens: five items as one text do not fit into 16."""
@@ -121,8 +128,8 @@ class CompareOptions:
     level: str | None = None
     """Difficulty of the scenes; None: that of the recipe."""
 
-    objectives: str = ",".join(OBJECTIVES)
-    """Comma-separated objectives."""
+    objectives: str = ",".join(PUBLISHED)
+    """Comma-separated objectives; also recipe+coverage and recipe+contradiction."""
 
     reference: str = ""
     """Objective that the others are compared with; empty: flair where it is among them, else the first."""

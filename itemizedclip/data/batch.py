@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from itemizedclip.data.items import ITEM_SEPARATOR
+from itemizedclip.data.opposites import contradiction
 from itemizedclip.runtime.errors import UserError
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
@@ -63,6 +64,8 @@ class ItemBatch:
         is_normal: bool (B,).
         sample_ids: B names.
         series_names: int64 (B, S, 110) or None.
+        contradiction_tokens: int64 (B, K, C'), a text that contradicts each item, or None where nobody asks for them.
+        contradiction_mask: bool (B, K), True where there is one.
     """
 
     images: Tensor
@@ -71,6 +74,8 @@ class ItemBatch:
     is_normal: Tensor
     sample_ids: list[str]
     series_names: Tensor | None = None
+    contradiction_tokens: Tensor | None = None
+    contradiction_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -111,10 +116,10 @@ class ItemBatch:
         if len(batches) == 1:
             return batches[0]
         joined: dict[str, Any] = {}
-        C = max(batch.item_tokens.shape[-1] for batch in batches)
         for f in fields(ItemBatch):
             values = [getattr(batch, f.name) for batch in batches]
-            if f.name == "item_tokens":
+            if f.name.endswith("_tokens") and isinstance(values[0], Tensor):
+                C = max(value.shape[-1] for value in values)
                 joined[f.name] = torch.cat([F.pad(value, (0, C - value.shape[-1])) for value in values])
             elif isinstance(values[0], Tensor):
                 joined[f.name] = torch.cat(values)
@@ -144,11 +149,13 @@ class ItemCollator:
         tokenizer: texts → int64 (N, C), padded on the right with 0; padding no text needs is cut off again.
         max_items: K. None means the longest sample of the batch (evaluation: no item is lost).
         join_items: the items of an image, the first K, are one text: the batch has one slot.
+        contradictions: give each item a text that contradicts it, where there is one (`itemizedclip.data.opposites`).
     """
 
     tokenizer: Tokenizer
     max_items: int | None = None
     join_items: bool = False
+    contradictions: bool = False
     _known: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, samples: Sequence[ItemSample]) -> ItemBatch:
@@ -167,7 +174,16 @@ class ItemCollator:
             item_mask[row, : len(kept)] = True
         tokens = trim_padding(self._tokens(texts))
         names = [s.series_names for s in samples if s.series_names is not None]
+        against = [contradiction(text) for text in texts] if self.contradictions else []
         return ItemBatch(
+            contradiction_tokens=trim_padding(self._tokens([text or PLACEHOLDER for text in against])).reshape(
+                len(samples), K, -1
+            )
+            if against
+            else None,
+            contradiction_mask=item_mask & torch.tensor([bool(text) for text in against]).view(len(samples), K)
+            if against
+            else None,
             images=torch.stack([sample.image for sample in samples]),
             item_tokens=tokens.reshape(len(samples), K, -1),
             item_mask=item_mask,

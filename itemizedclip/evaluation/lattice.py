@@ -73,12 +73,12 @@ class Lattice:
         for axis, (own, n) in enumerate(zip(cells, self.grid)):
             count = np.bincount(own, minlength=n).astype(np.float32)
             whole = whole * count.reshape([-1 if other == axis else 1 for other in range(len(self.grid))])
-        return covered / np.maximum(whole, 1)
+        return (covered / np.maximum(whole, 1)).astype(np.float32)
 
 
 def bounding_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
     """(top, left, bottom, right) of a mask (H, W), the last two beyond it; None when it is empty."""
-    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return (int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1) if len(rows) else None
 
 

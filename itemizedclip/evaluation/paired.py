@@ -103,8 +103,7 @@ def compare_cases(ours: CaseScores, theirs: CaseScores, *, resamples: int = 2000
         labels = ours.labels_NC[rated, column]
         independent = len(set(own)) == len(own)
         if f"auc/{name}" in differences and independent and 2 <= labels.sum() <= len(labels) - 2:
-            pair = (cases.scores_NC[rated, column] for cases in (ours, theirs))
-            differences[f"auc/{name}"] = delong(*pair, labels)
+            differences[f"auc/{name}"] = delong(ours.scores_NC[rated, column], theirs.scores_NC[rated, column], labels)
     return {
         "num_cases": len(ours),
         "num_patients": len(set(ours.patients)),

@@ -4,8 +4,8 @@
     itemizedclip evaluate robustness --data scenes --checkpoint epoch_16.pt
 
 Of every image one item is asked (its first), and beside it an item of another image that this one does not have:
-a model that sees prefers its own, chance is one half. The same is asked again in other words, negated, with sides
-exchanged, of the mirrored image, and of the image with regions erased or series missing.
+a model that sees prefers its own, chance is one half. The same is asked again in other words, negated, and of the image
+with regions erased or series missing; the first item that has an opposite is asked beside it, and of the mirror image.
 
 Axes: N images, T texts of one image, S series; *grid token axes.
 """
@@ -13,7 +13,6 @@ Axes: N images, T texts of one image, S series; *grid token axes.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from itemizedclip.data.batch import BadSampleError, ItemSample, Tokenizer
 from itemizedclip.data.jsonl import OwnFile, check_files, read_own
+from itemizedclip.data.opposites import LEFT_RIGHT, OPPOSITES, negated, swapped
 from itemizedclip.data.scenes import LEVELS, ScenesDataset
 from itemizedclip.evaluation.attention import maps_of_features
 from itemizedclip.evaluation.benchmark import Benchmark, BenchmarkOptions, Subject
@@ -61,45 +61,12 @@ WORDINGS: dict[str, Callable[[str], str]] = {
 }
 """Name → the same item in other words."""
 
-OPPOSITES = (
-    ("left", "right"), ("upper", "lower"), ("small", "large"), ("increased", "decreased"), ("anterior", "posterior"),
-    ("superior", "inferior"), ("mild", "severe"), ("above", "below"), ("narrowed", "widened"), ("acute", "chronic"),
-)  # fmt: skip
-"""Words that make an item its opposite when they are exchanged."""
-
 ERASED_SHARE = 0.1
 """Of the patches, in `erased_…`."""
 
 CURVE_STEPS = 10
 """Shares 0, 1 / CURVE_STEPS, … 1 of the patches in the deletion and insertion curves."""
 
-
-def negated(item: str) -> str | None:
-    """An item's denial, or, of a denial, what it denies: "no effusion" ↔ "effusion"; None where it is unclear."""
-    text = item.strip()
-    lowered = text.lower()
-    if lowered.startswith(("no ", "without ")):
-        return text.partition(" ")[2]
-    if re.search(r"\b(no|not|without|none|absent|negative)\b", lowered):
-        return None
-    return f"no {re.sub(r'^(an?|the) ', '', text, flags=re.IGNORECASE)}"
-
-
-def swapped(item: str, pairs: Sequence[tuple[str, str]] = OPPOSITES) -> str | None:
-    """An item with the first pair of opposite words that occurs in it exchanged; None where there is none."""
-    for first, second in pairs:
-        if re.search(rf"\b({first}|{second})\b", item, flags=re.IGNORECASE):
-            other = {first: second, second: first}
-            return re.sub(
-                rf"\b({first}|{second})\b",
-                lambda match, other=other: other[match[0].lower()],
-                item,
-                flags=re.IGNORECASE,
-            )
-    return None
-
-
-LEFT_RIGHT = (("left", "right"),)
 
 MEASURES = {
     "own": "own item rather than another image's",
@@ -214,8 +181,10 @@ class RobustnessEvaluator:
         rng = np.random.default_rng((self.seed, row))
         mine = {text.casefold() for text in items[row]}
         others = sorted({text for texts in items.values() for text in texts if text.casefold() not in mine})
-        texts: dict[str, str | None] = {"own": own, "negation": negated(own), "opposite": swapped(own)}
-        texts["mirrored"] = swapped(own, LEFT_RIGHT)
+        texts: dict[str, str | None] = {"own": own, "negation": negated(own)}
+        for name, pairs in (("opposite", OPPOSITES), ("mirrored", LEFT_RIGHT)):
+            of = next((text for text in items[row] if swapped(text, pairs)), None)
+            texts |= {} if of is None else {f"{name}/of": of, name: swapped(of, pairs)}
         texts |= {f"wording/{name}": wording(own) for name, wording in WORDINGS.items()}
         if others:
             other = others[int(rng.integers(len(others)))]
@@ -241,12 +210,12 @@ class RobustnessEvaluator:
             "own": prefers("own", "other"),
             "negation": prefers("own", "negation"),
             "negation_absent": prefers("other/negation", "other"),
-            "opposite": prefers("own", "opposite"),
+            "opposite": prefers("opposite/of", "opposite"),
             **{f"wording/{name}": prefers(f"wording/{name}", f"other/wording/{name}") for name in WORDINGS},
         }
         if "mirrored" in at:
             mirrored = self._encode(model, sample.image[None].flip(-1), sample.series_names)
-            compared["mirrored"] = prefers("mirrored", "own", self._scores(model, mirrored, texts_TD)[0])
+            compared["mirrored"] = prefers("mirrored", "mirrored/of", self._scores(model, mirrored, texts_TD)[0])
         found |= {name: value for name, value in compared.items() if value is not None}
         found |= self._erased(model, sample, features, texts_TD[at["own"]][None], float(scores[at["own"]]), row)
         items = [at[name] for name in names if name.startswith("item ")]

@@ -32,6 +32,8 @@ def flair_options(options: ObjectiveOptions) -> ObjectiveOptions:
         kta_weight=0.0,
         mps_weight=1.0,
         iis_weight=0.0,
+        coverage_weight=0.0,
+        contradiction_weight=0.0,
         worst_positive_factor=1.0,
         normal_check=False,
         mask_duplicates=False,

@@ -66,11 +66,17 @@ class ObjectiveOptions:
     """Attend the items of at most so many other ranks a step (ILA, KTA), drawn anew by each rank and weighted up so
     that the expected loss is the same; MPS meets all. 0: attend all (the paper). See docs/scale.md."""
 
+    coverage_weight: float = 0.0
+    """An image's own items together explain its global feature (not in the paper)."""
+
+    contradiction_weight: float = 0.0
+    """Denials of items and items with opposite words exchanged are negatives of their own image (not in the paper)."""
+
     baseline: Literal["none", "clip", "siglip", "concat", "flair", "flair_own"] = "none"
     """Train by another method instead, to compare; the rest of this group does not apply then."""
 
     def __post_init__(self) -> None:
-        for name in ("ila_weight", "kta_weight", "mps_weight", "iis_weight"):
+        for name in ("ila_weight", "kta_weight", "mps_weight", "iis_weight", "coverage_weight", "contradiction_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 (off) or a positive weight")
         if self.remote_ranks < 0:
@@ -89,7 +95,13 @@ class ObjectiveOptions:
         """Whether any term asks the item-conditioned attention."""
         if self.baseline != "none":
             return self.baseline in ("flair", "flair_own")
-        return bool(self.ila_weight or self.kta_weight or self.iis_weight)
+        own_terms = self.coverage_weight or self.contradiction_weight
+        return bool(self.ila_weight or self.kta_weight or self.iis_weight or own_terms)
+
+    @property
+    def uses_contradictions(self) -> bool:
+        """Whether batches must hold texts that contradict their images."""
+        return self.baseline == "none" and self.contradiction_weight > 0
 
     @property
     def scoring(self) -> Literal["tcsim", "global"]:
@@ -127,6 +139,8 @@ class LossInputs:
         item_mask_BK: bool (B, K), True = real item.
         is_normal_B: bool (B,).
         item_ids_N: int64 (B·K,), numbers of the item texts (`text_ids`); needed for `mask_duplicates` alone.
+        contradiction_features_ND: (B·K, D), texts that contradict the items; needed for their term alone.
+        contradiction_mask_BK: bool (B, K), True where there is one.
     """
 
     image_global_BD: Tensor
@@ -135,6 +149,8 @@ class LossInputs:
     item_mask_BK: Tensor
     is_normal_B: Tensor
     item_ids_N: Tensor | None = None
+    contradiction_features_ND: Tensor | None = None
+    contradiction_mask_BK: Tensor | None = None
 
     def __post_init__(self) -> None:
         B, K = self.item_mask_BK.shape

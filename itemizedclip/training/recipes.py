@@ -147,7 +147,12 @@ def open_data(options: RunOptions, model: DualEncoder, ranks: Ranks) -> tuple[Tr
         raise UserError(f"{type(options).__name__} has no group `data`; give it one whose open() returns TrainingData")
     tokenizer = create_tokenizer(model.config, fetch=is_shipped(options.model.model), source=options.model.model)
     num_items = options.loading.num_sampled_captions
-    collator = ItemCollator(tokenizer, num_items, join_items=options.objective.joins_items)
+    collator = ItemCollator(
+        tokenizer,
+        num_items,
+        join_items=options.objective.joins_items,
+        contradictions=options.objective.uses_contradictions,
+    )
     return data.open(Opening(options, model, tokenizer, collator, ranks)), collator
 
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from itemizedclip.data.batch import ItemBatch
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.objectives.baselines import baseline_losses, flair_options, flair_own_options
+from itemizedclip.objectives.extra import extra_losses, with_extra
 from itemizedclip.objectives.loss import LossInputs, ObjectiveOptions, itemized_losses
 from itemizedclip.objectives.terms import text_ids
 from itemizedclip.runtime.errors import UserError
@@ -86,10 +87,13 @@ class ItemizedTask(nn.Module):
 
     def encode(self, batch: ItemBatch) -> LossInputs:
         """What both towers make of a batch, in chunks where gradient caching asks for them."""
-        images, texts = [], []
+        images, texts, against = [], [], []
         for chunk in batch.chunk(self.num_chunks):
             images.append(self._recomputed(self._encode_image, self.image_is_frozen, chunk.images, chunk.series_names))
             texts.append(self._recomputed(self._encode_text, self.text_is_frozen, chunk.item_tokens))
+            if self.objective.uses_contradictions and chunk.contradiction_tokens is not None:
+                tokens = chunk.contradiction_tokens
+                against.append(self._recomputed(self._encode_text, self.text_is_frozen, tokens))
         return LossInputs(
             image_global_BD=torch.cat([global_BD for global_BD, _ in images]).float(),
             image_tokens_BLD=torch.cat([tokens_BLD for _, tokens_BLD in images]),
@@ -97,6 +101,8 @@ class ItemizedTask(nn.Module):
             item_mask_BK=batch.item_mask,
             is_normal_B=batch.is_normal,
             item_ids_N=text_ids(batch.item_tokens.flatten(0, 1)) if self.objective.mask_duplicates else None,
+            contradiction_features_ND=torch.cat(against).float() if against else None,
+            contradiction_mask_BK=batch.contradiction_mask if against else None,
         )
 
     def losses(self, inputs: LossInputs) -> dict[str, Tensor]:
@@ -108,6 +114,8 @@ class ItemizedTask(nn.Module):
             objective = flair_own_options(objective, *inputs.item_mask_BK.shape)
         if objective.baseline == "none":
             losses = itemized_losses(self.model.head, inputs, scale, bias, objective)
+            extra = extra_losses(self.model.head, inputs, scale, bias, objective)
+            losses = with_extra(losses, extra, objective)
         else:
             losses = baseline_losses(inputs, scale, bias, objective)
         return {**losses, "logit_scale": scale.detach(), "logit_bias": bias.detach()}

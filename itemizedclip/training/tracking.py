@@ -321,7 +321,8 @@ class ProgressView:
 
 
 def _numbers(values: Mapping[str, float]) -> str:
-    shown = [f"{name} {values[name]:.4g}" for name in ("loss", "ila", "kta", "mps", "iis") if name in values]
+    terms = ("loss", "ila", "kta", "mps", "iis", "coverage", "contradiction")
+    shown = [f"{name} {values[name]:.4g}" for name in terms if name in values]
     if "lr" in values:
         shown.append(f"lr {values['lr']:.2e}")
     if "images_per_s" in values:

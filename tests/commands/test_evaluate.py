@@ -140,7 +140,7 @@ def test_the_projects_own_benchmarks():
     ]
     found = run(sys.executable, "-c", "\n".join(lines))
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count("needs pip install -e '.[radiology]'") == 5
+    assert found.stdout.count("needs pip install -e '.[radiology]'") == 7
     assert "  rsicd        30-class zero-shot classification" in found.stdout
 
 

@@ -11,13 +11,11 @@ from tiny_model import SIDE, TinyDataset, TinyModel, tokenize
 
 from itemizedclip.commands.evaluate import main as evaluate
 from itemizedclip.data.batch import ItemSample
+from itemizedclip.data.opposites import LEFT_RIGHT, contradiction, negated, swapped
 from itemizedclip.evaluation.robustness import (
     CURVE_STEPS,
-    LEFT_RIGHT,
     RobustnessEvaluator,
     erase,
-    negated,
-    swapped,
 )
 from itemizedclip.evaluation.tcsim import create_scorer
 from itemizedclip.models.factory import create_model
@@ -50,6 +48,8 @@ def test_denials(item, expected):
 def test_opposites(item, expected):
     assert swapped(item) == expected
     assert swapped("a small mass", LEFT_RIGHT) is None
+    assert contradiction("a small mass") == "a large mass"
+    assert contradiction("a mass") == "no mass"
 
 
 def test_erased_patches_hold_the_mean():
