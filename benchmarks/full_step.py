@@ -60,6 +60,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "patch dropout 0.5": {"patch_dropout": 0.5},
     "bfloat16 products": {"precision": "amp_bf16"},
     "bfloat16 weights": {"precision": "bf16"},
+    "bfloat16 weights, patch dropout 0.5": {"precision": "bf16", "patch_dropout": 0.5},
     "bfloat16 weights, attention kept": {
         "precision": "bf16", "grad_checkpointing": True, "grad_checkpointing_keeps": "attention",
     },
@@ -185,9 +186,10 @@ def show_counts(domains: Sequence[str], settings: Sequence[str]) -> None:
         for setting in settings:
             found = count(domain, setting)
             first = first or found
+            faster, larger = first["tflop"] / found["tflop"], found["gb"] / first["gb"]
             print(
-                f"{domain:8} {setting:34} {found['images']:6} {found['tflop']:7.1f} {first['tflop'] / found['tflop']:6.2f} "
-                f"{found['gb']:7.2f} {found['gb'] / first['gb']:6.2f}",
+                f"{domain:8} {setting:34} {found['images']:6} {found['tflop']:7.1f} {faster:6.2f} {found['gb']:7.2f} "
+                f"{larger:6.2f}",
                 flush=True,
             )
 
