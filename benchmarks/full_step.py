@@ -2,6 +2,7 @@
 published way among them.
 
     python benchmarks/full_step.py [--domains natural chest mri] [--settings published "as published" …] [--series 10]
+    python benchmarks/full_step.py --count
 
 "published" is written plainly: texts padded to the context length, as open_clip's tokenizers return them, both towers
 with the recipe's recomputation, the loss of benchmarks/plain.py, AdamW without fusion. The others are ours. All are
@@ -10,6 +11,9 @@ float32 but for those that say bfloat16; weights and images are random, items fi
 Each cell is a process of its own with one thread: processor seconds of one step, after a small one and an update that
 makes AdamW's moments, and the peak of its memory above what it held before the model was built. Linux only. Figures:
 benchmarks/README.md.
+
+--count computes nothing: TFLOP of the towers and memory at the recipe's batch, in its precision, on one of 8 GPUs, as
+`itemizedclip train NAME --plan` has them. Of the published way it leaves out the loss.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,11 +36,12 @@ from torch import nn
 from itemizedclip.data.batch import ItemBatch
 from itemizedclip.models.dual_encoder import DualEncoder
 from itemizedclip.models.factory import create_model, load_model_config
+from itemizedclip.objectives.block_size import GPU_SHARE
 from itemizedclip.objectives.pairing import ItemRows, sample_pairing
 from itemizedclip.runtime.precision import Precision
 from itemizedclip.training.optimizer import create_optimizer
 from itemizedclip.training.options import RunOptions
-from itemizedclip.training.plan import TEXT_LENGTH
+from itemizedclip.training.plan import PLANNED_RANKS, TEXT_LENGTH, plan_run
 from itemizedclip.training.recipes import parse_recipe
 from itemizedclip.training.run import cast_towers, set_patch_dropout, set_recomputation
 from itemizedclip.training.task import ItemizedTask
@@ -55,6 +60,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "patch dropout 0.5": {"patch_dropout": 0.5},
     "bfloat16 products": {"precision": "amp_bf16"},
     "bfloat16 weights": {"precision": "bf16"},
+    "bfloat16 weights, patch dropout 0.5": {"precision": "bf16", "patch_dropout": 0.5},
     "bfloat16 weights, attention kept": {
         "precision": "bf16", "grad_checkpointing": True, "grad_checkpointing_keeps": "attention",
     },
@@ -160,17 +166,49 @@ def cell(domain: str, setting: str, images: int, series: int) -> dict[str, float
     return {"seconds": seconds, "peak_mb": peak_above(start), "standing_mb": standing / 1024, "loss": loss}
 
 
+def count(domain: str, setting: str) -> dict[str, float]:
+    """A step at the recipe's batch on one of 8 GPUs of 80 GB, counted."""
+    options = parse_recipe(DOMAINS[domain][0], [])
+    options = replace(options, model=replace(options.model, **SETTINGS[setting]))  # type: ignore[arg-type]
+    is_published = setting == "published"
+    plan = plan_run(options, text_length=10_000 if is_published else TEXT_LENGTH)
+    B, work = options.loading.step_batch, int(80e9) // GPU_SHARE
+    bytes_ = plan.parameter_bytes + plan.optimizer_bytes + plan.towers.peak(B, all_gradients=True)
+    if not is_published:
+        bytes_ = plan.step_bytes(B, PLANNED_RANKS, work)
+    return {"images": B, "tflop": plan.towers_flop(B) / 1e12, "gb": bytes_ / 1e9}
+
+
+def show_counts(domains: Sequence[str], settings: Sequence[str]) -> None:
+    print(f"{'domain':8} {'setting':34} {'images':>6} {'TFLOP':>7} {'ratio':>6} {'GB':>7} {'ratio':>6}")
+    for domain in domains:
+        first: dict[str, float] = {}
+        for setting in settings:
+            found = count(domain, setting)
+            first = first or found
+            faster, larger = first["tflop"] / found["tflop"], found["gb"] / first["gb"]
+            print(
+                f"{domain:8} {setting:34} {found['images']:6} {found['tflop']:7.1f} {faster:6.2f} {found['gb']:7.2f} "
+                f"{larger:6.2f}",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=["natural", "chest", "mri"])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--images", type=int, default=0, help="of a step; 0: 8 photographs, 1 study or scan")
     parser.add_argument("--series", type=int, default=10, help="of an MRI study")
+    parser.add_argument("--count", action="store_true")
     parser.add_argument("--cell", nargs=2, metavar=("DOMAIN", "SETTING"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
         series = args.series if args.cell[0] == "mri" else 1
         print(json.dumps(cell(args.cell[0], args.cell[1], args.images, series)))
+        return
+    if args.count:
+        show_counts(args.domains, args.settings)
         return
     # Freed blocks go back to the system, so that the peak is that of the tensors.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}

@@ -128,8 +128,12 @@ class StepPlan:
         return 2 * (W - 1) / W * self.trained_bytes + 2 * (W - 1) * 4 * B * self.items * self.width
 
 
-def plan_run(options: RunOptions) -> StepPlan:
+def plan_run(options: RunOptions, *, text_length: int = TEXT_LENGTH) -> StepPlan:
     """Count a run's step on this processor, in seconds and without data.
+
+    Args:
+        options: of the run.
+        text_length: tokens of a batch's longest text; no more than the model takes are counted.
 
     Raises:
         UserError: a model that does not exist.
@@ -158,7 +162,7 @@ def plan_run(options: RunOptions) -> StepPlan:
     small, large = (
         count_towers(
             task, mode, images=images * loading.accum_freq, image_shape=shape, items=loading.num_sampled_captions,
-            text_length=min(TEXT_LENGTH, context), dtype=dtype,
+            text_length=min(text_length, context), dtype=dtype,
         )
         for images in (2, 4)
     )  # fmt: skip

@@ -271,10 +271,13 @@ def set_patch_dropout(model: DualEncoder, settings: ModelSettings, step: int, to
         model.set_patch_dropout(settings.patch_dropout if is_on else 0.0)
 
 
-def compile_towers(model: DualEncoder) -> None:
+def compile_towers(model: DualEncoder, *, backend: str = "inductor") -> None:
     """Compile the blocks of both towers in place, or whole towers that have none; parameter names stay.
 
     Blocks that are alike but for a number, such as their drop path, are compiled once for each.
+
+    Args:
+        backend: of torch.compile.
     """
     # DDP's graph splitting under a compiled submodule is a known source of crashes, and gains nothing here.
     torch._dynamo.config.optimize_ddp = False
@@ -282,7 +285,7 @@ def compile_towers(model: DualEncoder) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
     for part in blocks or [*model.image_tower(), *model.text_tower()]:
         if isinstance(part, nn.Module) and any(True for _ in part.children()):
-            part.compile()
+            part.compile(backend=backend)
 
 
 def start_from(model: DualEncoder, source: Path) -> None:

@@ -64,14 +64,10 @@ class ToyImageTower(nn.Module):
         self.norm = nn.LayerNorm(width)
         inner = 2 * width
         self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, width))
-        self.grad_checkpointing = False
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.patches(images).flatten(2).transpose(1, 2)
-        block = lambda x: x + self.mlp(self.norm(x))  # noqa: E731
-        if self.grad_checkpointing and self.training:
-            return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
-        return block(tokens)
+        return tokens + self.mlp(self.norm(tokens))
 
 
 class ToyTextTower(nn.Module):
@@ -114,8 +110,8 @@ class ToyModel(DualEncoder):
     def text_tower(self) -> list:
         return [self.text]
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.image.grad_checkpointing = enable
+    def blocks(self) -> list:
+        return [self.image.mlp]
 
 
 class ToyDataset:

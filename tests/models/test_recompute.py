@@ -23,7 +23,10 @@ NAMES = ("ViT-scenes-ItemizedCLIP", "CTRATE_HLIP_debug")
 def plain(request) -> DualEncoder:
     """A small model in training mode; its text tower has no dropout, which fused attention of a CPU cannot have."""
     torch.manual_seed(0)
-    model = create_model(load_model_config(request.param)).train()
+    return without_dropout(create_model(load_model_config(request.param)).train())
+
+
+def without_dropout(model: DualEncoder) -> DualEncoder:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -72,15 +75,13 @@ def test_recomputing_changes_no_gradient_and_keeps_attention_where_asked(plain, 
     assert attentions.count == len(model.blocks())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("keep_attention", [None, False, True])
-def test_compiled_blocks_give_the_same_gradients_recomputed_or_not(plain, keep_attention):
-    torch._dynamo.reset()
+def test_compiled_blocks_recompute_and_give_the_same_gradients():
+    torch.manual_seed(0)
+    plain = without_dropout(create_model(load_model_config(NAMES[1])).train())
     expected = gradients(plain)
     model = copy.deepcopy(plain)
-    if keep_attention is not None:
-        model.set_grad_checkpointing(True, keep_attention=keep_attention)
-    compile_towers(model)
+    model.set_grad_checkpointing(True, keep_attention=True)
+    compile_towers(model, backend="aot_eager_decomp_partition")  # as the default one, without its C++ compiler
     found = gradients(model)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

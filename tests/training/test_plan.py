@@ -17,6 +17,7 @@ from itemizedclip.objectives.block_size import GPU_SHARE, work_bytes
 from itemizedclip.training.counting import loss_flop
 from itemizedclip.training.options import LoadingSettings, ModelSettings, RunOptions
 from itemizedclip.training.plan import FREE_SHARE, plan_run
+from itemizedclip.training.run import set_recomputation
 from itemizedclip.training.task import ItemizedTask
 
 B, K = 6, 4
@@ -57,16 +58,24 @@ def test_a_plan_is_what_a_step_takes(name, checkpointing):
     assert plan.kept_bytes == kept
 
 
-@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_plan_tells_the_peak_of_memory(name, checkpointing, precision):
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "keeps", "precision"),
+    [
+        (CONFIGS[0], False, "nothing", "fp32"),
+        (CONFIGS[0], True, "nothing", "amp_bf16"),
+        (CONFIGS[1], False, "nothing", "amp_bf16"),
+        (CONFIGS[1], True, "nothing", "fp32"),
+        (CONFIGS[1], True, "attention", "fp32"),
+    ],
+)
+def test_a_plan_tells_the_peak_of_memory(name, checkpointing, keeps, precision):
     images = 24
     options = planned(name, checkpointing=checkpointing)
-    options = replace(options, model=replace(options.model, precision=precision))
+    settings = replace(options.model, precision=precision, grad_checkpointing_keeps=keeps)
+    options = replace(options, model=settings)
     plan = plan_run(options)
     model = create_model(load_model_config(name))
-    model.set_grad_checkpointing(checkpointing)
+    set_recomputation(model, settings)
     task = ItemizedTask(model, options.objective).train()
     optimizer = torch.optim.AdamW(task.parameters(), fused=True)
 
