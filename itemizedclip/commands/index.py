@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -21,13 +21,14 @@ from itemizedclip.evaluation.encoding import EncodingOptions
 from itemizedclip.models.factory import LoadedModel, create_transform, transform_spec
 from itemizedclip.models.weights import CheckpointError, given_checkpoint
 from itemizedclip.runtime.errors import UserError, reported_errors
-from itemizedclip.runtime.files import file_sha256, read_lines
+from itemizedclip.runtime.files import file_sha256, open_csv, read_lines
 from itemizedclip.runtime.flags import loader_processes, read_flags
 from itemizedclip.runtime.logs import literal, progress_bar
 from itemizedclip.runtime.precision import Precision, resolve_precision
 from itemizedclip.runtime.processes import DistributedSettings, Ranks, launch, main_first, on_main
 from itemizedclip.search.build import BuildReport, build_index
 from itemizedclip.search.index import ImageIndex, load_photograph_model
+from itemizedclip.search.lance import DEFAULT_TOKENS, LargeIndex, create_large
 from itemizedclip.search.plan import BuildOptions
 from itemizedclip.search.recall import BUILT_IN_QUERIES, PrefilterRecall
 from itemizedclip.search.store import INDEX_FILE, FeatureSource, FeatureStore, Storage, read_manifest, write_manifest
@@ -83,6 +84,19 @@ class IndexOptions:
     shard_size: int = 256
     """Images per file of the index; a stopped build loses at most one unfinished file per process."""
 
+    engine: Literal["embedded", "lance"] = "embedded"
+    """embedded: up to some million images, nothing else needed; lance: also append the images, their tokens merged, to
+    a large index that LanceDB searches (--table)."""
+
+    table: Path | None = None
+    """Folder of the large index; default: IMAGES.lance beside the image folder. Several image folders may share one."""
+
+    stored_tokens: int = DEFAULT_TOKENS
+    """Of the large index: merged tokens an image, 8 bits a number; 8, 27 and 64 were measured (docs/search.md)."""
+
+    metadata: Path | None = None
+    """Of the large index: CSV with a column path and others, which --where of a search filters by."""
+
     recall_queries: str = "built-in"
     """What the recall of the prefilter is measured on: built-in phrases, a text file with one query a line, or none."""
 
@@ -99,6 +113,13 @@ class IndexOptions:
         if self.output is not None:
             return self.output.expanduser().resolve()
         return self.folder.with_name(f"{self.folder.name}.index")
+
+    @property
+    def table_folder(self) -> Path:
+        """The folder of the large index, absolute."""
+        if self.table is not None:
+            return self.table.expanduser().resolve()
+        return self.folder.with_name(f"{self.folder.name}.lance")
 
     def build_options(self, precision: Precision) -> BuildOptions:
         """How to encode on this process."""
@@ -152,9 +173,61 @@ def run(options: IndexOptions) -> BuildReport:
                 on_progress=on_progress,
             )
         recall = _measure(options, report, queries, loaded, ranks)
+        if options.engine == "lance":
+            on_main(lambda: append_to_table(options))
         if ranks.is_main:
             print_report(Console(), options.index_folder, report, recall)
         return report
+
+
+def append_to_table(options: IndexOptions) -> LargeIndex:
+    """Append what is new in the index to the large one, and index that anew.
+
+    Raises:
+        ImageIndexError, UserError: a table of another model, or metadata that are none.
+    """
+    metadata = {} if options.metadata is None else read_metadata(options.metadata)
+    large = create_large(options.table_folder, options.index_folder, tokens=options.stored_tokens, metadata=metadata)
+    with progress_bar("Appending to the large index") as on_progress:
+        added = large.add_index(options.index_folder, metadata=metadata, on_progress=on_progress)
+    if added:
+        large.build()
+    logger.info(
+        "%s: %s images (%s appended now), version %d", options.table_folder, f"{len(large):,}", f"{added:,}",
+        large.version,
+    )  # fmt: skip
+    return large
+
+
+def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
+    """Path → the other columns of a CSV; what reads as numbers in every row becomes numbers.
+
+    Raises:
+        UserError: no column path, a row of another length, or a path twice.
+    """
+    with open_csv(path, holding="a column path and others") as rows:
+        header = next(rows, [])
+        if "path" not in header or len(set(header)) < len(header):
+            raise UserError(f"{path}: columns are {', '.join(header)[:200]}; expected path and others, each once")
+        table: list[dict[str, Any]] = []
+        for row in rows:
+            if len(row) != len(header):
+                raise UserError(f"{path}: line {rows.line} has {len(row)} cells; expected {len(header)}")
+            table.append(dict(zip(header, row)))
+    for name in header:
+        for kind in (int, float):
+            try:
+                values = [None if row[name] == "" else kind(row[name]) for row in table]
+            except ValueError:
+                continue
+            if name != "path":
+                for row, value in zip(table, values):
+                    row[name] = value
+            break
+    found = {row.pop("path"): row for row in table}
+    if len(found) < len(table):
+        raise UserError(f"{path}: a path stands in two rows; keep one of them")
+    return found
 
 
 def _precision_name(options: IndexOptions) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -19,11 +20,12 @@ from itemizedclip.commands.index import read_queries
 from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.items import check_text
 from itemizedclip.runtime.errors import UserError, reported_errors
-from itemizedclip.runtime.flags import read_flags
+from itemizedclip.runtime.flags import check, read_flags
 from itemizedclip.runtime.logs import literal, logging_to_console
 from itemizedclip.runtime.processes import check_device_name
-from itemizedclip.search.index import Found, Hit, ImageIndex, open_index
-from itemizedclip.search.recall import PrefilterRecall
+from itemizedclip.search.index import Found, Hit, ImageIndex, Searcher, open_searcher
+from itemizedclip.search.recall import DEFAULT_CANDIDATES, PrefilterRecall
+from itemizedclip.search.serve import SearchServer
 from itemizedclip.search.store import ImageIndexError
 from itemizedclip.viewer.figures import save_figure
 from itemizedclip.viewer.geometry import Upsampling
@@ -60,6 +62,21 @@ class SearchOptions:
     """Images that the prefilter leaves for exact scoring; default: all of up to 2,000, of more the fewest measured to
     find 95 % of the best (the index keeps the measurement), at most 2,000; 500 when nothing was measured."""
 
+    skip: int = 0
+    """Images passed over for each text: the pages before."""
+
+    where: str | None = None
+    """Of a large index: SQL over its columns, such as "height > 500 AND camera = 'x'"."""
+
+    version: int | None = None
+    """Of a large index: search it as it was at this version."""
+
+    serve: bool = False
+    """Serve a page and an HTTP API of the index on this machine, at an address with a token, instead of one search."""
+
+    port: int = 0
+    """Where to serve; 0: any free one."""
+
     measure_recall: bool = False
     """Also search exactly, and say which share of the best images the prefilter kept for these texts."""
 
@@ -83,6 +100,9 @@ class SearchOptions:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; expected at least 1")
         check_device_name(self.device)
+        check(self.skip >= 0, f"--skip is {self.skip}; expected at least 0")
+        check(0 <= self.port < 65536, f"--port is {self.port}; expected 0 to 65535")
+        check(self.serve or self.port == 0, "--port belongs to --serve")
 
     def all_texts(self) -> list[str]:
         """Texts of the command line and of the file.
@@ -103,6 +123,7 @@ class SearchReport:
 
     Attributes:
         index: what was searched.
+        folder: where it lies.
         found: the hits of every text.
         exact: whether every image was scored.
         candidates: images scored per text.
@@ -112,7 +133,8 @@ class SearchReport:
         is_recall_of_these_texts: which of the two.
     """
 
-    index: ImageIndex
+    index: Searcher
+    folder: Path
     found: list[Found]
     exact: bool
     candidates: int
@@ -140,8 +162,8 @@ class SearchReport:
     def plain(self) -> dict[str, Any]:
         """For programs."""
         return {
-            "index": str(self.index.store.folder),
-            "image_folder": self.index.manifest.folder,
+            "index": str(self.folder),
+            "image_folder": str(self.index.image_folder),
             "num_images": len(self.index),
             "mode": "exact" if self.exact else "prefiltered",
             "candidates": self.candidates,
@@ -174,19 +196,38 @@ def run(options: SearchOptions) -> SearchReport:
     """
     texts = options.all_texts()
     start = perf_counter()
-    index = open_index(options.index, checkpoint=options.checkpoint, device=options.device)
+    index = open_searcher(options.index, checkpoint=options.checkpoint, device=options.device, version=options.version)
     for text in index.cut_texts(texts):
         logger.warning("longer than the text tower reads, or just as long: %s", text)
     loaded = perf_counter()
-    found = index.search(texts, options.top, exact=options.exact, candidates=options.candidates)
-    searched = perf_counter()
-    num_hits = index.num_hits(options.top)
-    num_scored = index.num_scored(num_hits, exact=options.exact, candidates=options.candidates)
-    recall = index.manifest.recall
-    if options.measure_recall:
-        recall = index.recall(texts, queries="the texts of this search", k=num_hits, candidates=num_scored)
+    recall = None
+    if isinstance(index, ImageIndex):
+        check(
+            options.where is None, "--where filters a large index; make one with `itemizedclip index … --engine lance`"
+        )
+        top = options.skip + options.top
+        found = index.search(texts, top, exact=options.exact, candidates=options.candidates)
+        found = [Found(one.text, one.hits[options.skip :]) for one in found]
+        searched = perf_counter()
+        num_hits = index.num_hits(top)
+        num_scored = index.num_scored(num_hits, exact=options.exact, candidates=options.candidates)
+        recall = index.manifest.recall
+        if options.measure_recall:
+            recall = index.recall(texts, queries="the texts of this search", k=num_hits, candidates=num_scored)
+    else:
+        check(
+            not options.exact and not options.measure_recall,
+            "--exact and --measure-recall read every token, which a large index has merged; drop them",
+        )
+        found = [
+            index.page(text, options.top, skip=options.skip, candidates=options.candidates, where=options.where)
+            for text in texts
+        ]
+        searched = perf_counter()
+        num_scored = min(len(index), max(options.candidates or DEFAULT_CANDIDATES, options.skip + options.top))
     return SearchReport(
         index=index,
+        folder=options.index.expanduser(),
         found=found,
         exact=num_scored == len(index),
         candidates=num_scored,
@@ -195,6 +236,19 @@ def run(options: SearchOptions) -> SearchReport:
         recall=recall,
         is_recall_of_these_texts=options.measure_recall,
     )
+
+
+def serve(options: SearchOptions) -> None:
+    """Serve the index until Ctrl-C.
+
+    Raises:
+        ImageIndexError, CheckpointError, UserError: each one sentence with its remedy.
+    """
+    index = open_searcher(options.index, checkpoint=options.checkpoint, device=options.device, version=options.version)
+    with SearchServer(index, port=options.port) as server:
+        print(f"{len(index):,} images: {server.url}   (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
@@ -258,6 +312,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `itemizedclip search`."""
     with reported_errors(PROG), logging_to_console(0):
         options = read_flags(SearchOptions, argv, prog=PROG, description=DESCRIPTION)
+        if options.serve:
+            serve(options)
+            return
         report = run(options)
         if options.json:
             print(json.dumps(report.plain(), indent=2))

@@ -13,65 +13,29 @@ Axes: N images of the index, M texts, k hits of a text, D joint width, h, w rows
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from itemizedclip.data.batch import BadSampleError
-from itemizedclip.data.images import decode_photograph
-from itemizedclip.evaluation.attention import ItemMaps, maps_of_features
-from itemizedclip.evaluation.encoding import EncodingOptions, encode_texts
 from itemizedclip.evaluation.tcsim import GlobalScorer, top_images
 from itemizedclip.evaluation.tcsim_folded import scorer_of_stored_tokens
 from itemizedclip.models.dual_encoder import ImageFeatures
-from itemizedclip.models.factory import LoadedModel, create_transform, expect_photographs, load_pretrained
-from itemizedclip.models.tokenizers import ClipTokenizer
+from itemizedclip.models.factory import LoadedModel, expect_photographs, load_pretrained
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.files import file_sha256
 from itemizedclip.runtime.processes import choose_device
+from itemizedclip.search.lance import LARGE_FILE, LargeImageIndex, open_large
 from itemizedclip.search.recall import CANDIDATE_COUNTS, RECALL_TOP, PrefilterRecall, default_candidates, measure_recall
-from itemizedclip.search.regions import AttendedRegion, attended_region
-from itemizedclip.search.store import FeatureStore, ImageIndexError, IndexedImage, read_manifest
-from itemizedclip.viewer.figures import attention_figure
-from itemizedclip.viewer.geometry import Geometry, Upsampling, map_to_input
-from itemizedclip.viewer.inputs import photograph_geometry
+from itemizedclip.search.searcher import Found, Hit, Searcher, check_page
+from itemizedclip.search.store import FeatureStore, ImageIndexError, read_manifest
+
+__all__ = ["Found", "Hit", "ImageIndex", "Searcher", "load_photograph_model", "open_index", "open_searcher"]
 
 
-@dataclass(frozen=True)
-class Hit:
-    """One image found.
-
-    Attributes:
-        rank: 1 is the best.
-        image: what the index knows of it.
-        file: where it lies.
-        score: TCSim, −1 … 1.
-        region: where the text looked, in pixels of the upright image.
-        maps: the text's attention over the token grid (T = 1).
-    """
-
-    rank: int
-    image: IndexedImage
-    file: Path
-    score: float
-    region: AttendedRegion
-    maps: ItemMaps
-
-
-@dataclass(frozen=True)
-class Found:
-    """The best images of one text, best first."""
-
-    text: str
-    hits: list[Hit]
-
-
-class ImageIndex:
+class ImageIndex(Searcher):
     """An index with the model it was made with; open it by `open_index`.
 
     Args:
@@ -80,11 +44,9 @@ class ImageIndex:
     """
 
     def __init__(self, store: FeatureStore, loaded: LoadedModel) -> None:
+        super().__init__(loaded, Path(store.manifest.folder))
         self.store = store
         self.manifest = store.manifest
-        self.loaded = loaded
-        self._transform = create_transform(loaded.config, is_train=False)
-        self._geometry = functools.lru_cache(maxsize=1024)(self._geometry_of_size)
 
     def __len__(self) -> int:
         """N."""
@@ -118,6 +80,22 @@ class ImageIndex:
             scores_Mk, images_Mk = self._search_all(texts_MD, k)
         rows = zip(texts, texts_MD, scores_Mk.tolist(), images_Mk.tolist())
         return [Found(text, self._hits(text_D, scores, images)) for text, text_D, scores, images in rows]
+
+    def page(
+        self,
+        text: str,
+        k: int = 10,
+        *,
+        skip: int = 0,
+        candidates: int | None = None,
+        where: str | None = None,
+    ) -> Found:
+        """See `Searcher.page`; an index of this kind has no other columns to filter by."""
+        check_page(k, skip, candidates)
+        if where:
+            raise UserError("--where filters a large index; make one with `itemizedclip index … --engine lance`")
+        (found,) = self.search([text], min(skip + k, len(self)), candidates=candidates)
+        return Found(text, found.hits[skip:])
 
     def num_hits(self, k: int) -> int:
         """Hits of a text when k are asked for."""
@@ -154,38 +132,6 @@ class ImageIndex:
         head, texts_MD = self.loaded.model.head, self.encode(texts)
         return measure_recall(head, self.store, texts_MD, queries=queries, k=k, counts=counts)
 
-    def draw(self, text: str, hit: Hit, *, upsampling: Upsampling = "nearest") -> Figure:
-        """The image of a hit and where the text looked; save it with `itemizedclip.viewer.figures.save_figure`.
-
-        Raises:
-            BadSampleError: an image that is gone, unreadable, or not the one that was encoded.
-        """
-        picture = decode_photograph(hit.file, source=str(hit.file))
-        status, image = hit.file.stat(), hit.image
-        if (status.st_size, status.st_mtime_ns) != (image.size, image.mtime_ns):
-            raise BadSampleError(f"{hit.file}: changed since it was encoded; run `itemizedclip index` again")
-        maps = map_to_input(hit.maps.times_uniform(), self._geometry((image.height, image.width)), upsampling)
-        return attention_figure(
-            picture,
-            [text],
-            maps,
-            hit.maps.scores.tolist(),
-            nowhere=hit.maps.nowhere.tolist(),
-            peaks=hit.maps.peaks.tolist(),
-            title=image.path,
-        )
-
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Text features (M, D), float32, on the device."""
-        return encode_texts(self.loaded.model, self.loaded.tokenizer, list(texts), EncodingOptions())
-
-    def cut_texts(self, texts: Sequence[str]) -> list[str]:
-        """Texts that fill the text tower's whole context, so that their end may be cut off."""
-        tokenizer = self.loaded.tokenizer
-        if not isinstance(tokenizer, ClipTokenizer):
-            return []
-        return [text for text, cut in zip(texts, tokenizer.is_truncated(tokenizer(list(texts)))) if cut]
-
     def _search_all(self, texts_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         scorer = scorer_of_stored_tokens(self.loaded.model.head, texts_MD, normalise_tokens=False)
         return top_images(scorer, self.store.batches(), k, device=self.store.device)
@@ -203,17 +149,7 @@ class ImageIndex:
     def _hits(self, text_D: Tensor, scores: Sequence[float], numbers: Sequence[int]) -> list[Hit]:
         stored = self.store.features(numbers)
         features = ImageFeatures(stored.global_BD.float(), stored.tokens_BLD.float(), stored.grid)
-        maps = maps_of_features(self.loaded.model.head, features, text_D.expand(len(numbers), 1, -1))
-        hits = []
-        for rank, (number, score, own) in enumerate(zip(numbers, scores, maps), start=1):
-            image = self.manifest.images[number]
-            geometry = self._geometry((image.height, image.width))
-            region = attended_region(own.weights[0].numpy(), float(own.nowhere[0]), geometry)
-            hits.append(Hit(rank, image, Path(self.manifest.folder) / image.path, score, region, own))
-        return hits
-
-    def _geometry_of_size(self, size: tuple[int, int]) -> Geometry:
-        return photograph_geometry(self.loaded.config, self._transform, size)
+        return self.hits(text_D, [self.manifest.images[number] for number in numbers], scores, features)
 
 
 def open_index(folder: str | Path, *, checkpoint: str | Path | None = None, device: str = "auto") -> ImageIndex:
@@ -232,26 +168,56 @@ def open_index(folder: str | Path, *, checkpoint: str | Path | None = None, devi
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     place = choose_device(device, 0, 1)
-    path = Path(checkpoint).expanduser() if checkpoint is not None else Path(manifest.checkpoint)
+    loaded = _model_of(
+        folder, manifest.checkpoint, manifest.source.checkpoint_sha256, manifest.source.model_config, checkpoint, place
+    )
+    return ImageIndex(FeatureStore(folder, manifest, place), loaded)
+
+
+def open_searcher(
+    folder: str | Path, *, checkpoint: str | Path | None = None, device: str = "auto", version: int | None = None
+) -> Searcher:
+    """An index of either kind, as `open_index`; of a large one also an earlier version."""
+    folder = Path(folder).expanduser()
+    if not (folder / LARGE_FILE).is_file():
+        if version is not None:
+            raise UserError("--version belongs to a large index; make one with `itemizedclip index … --engine lance`")
+        return open_index(folder, checkpoint=checkpoint, device=device)
+    large = open_large(folder, version=version)
+    facts = large.facts
+    place = choose_device(device, 0, 1)
+    sha256, config = facts.source["checkpoint_sha256"], facts.source["model_config"]
+    return LargeImageIndex(large, _model_of(folder, facts.checkpoint, sha256, config, checkpoint, place))
+
+
+def _model_of(
+    folder: Path,
+    noted: str,
+    sha256: str,
+    config: dict[str, Any],
+    checkpoint: str | Path | None,
+    device: torch.device,
+) -> LoadedModel:
+    path = Path(checkpoint).expanduser() if checkpoint is not None else Path(noted)
     if not path.is_file():
         raise ImageIndexError(
             f"{path}: the checkpoint that {folder} was made with is not there; searching needs its text tower and "
             "head: give the file by --checkpoint"
         )
     digest = file_sha256(path)
-    if digest != manifest.source.checkpoint_sha256:
+    if digest != sha256:
         raise ImageIndexError(
             f"{path}: not the checkpoint that {folder} was made with (sha256 {digest[:12]}…, expected "
-            f"{manifest.source.checkpoint_sha256[:12]}…); give that one by --checkpoint, or make the index anew"
+            f"{sha256[:12]}…); give that one by --checkpoint, or make the index anew"
         )
-    loaded = load_photograph_model(path, manifest.source.model_config)
-    if loaded.config["embed_dim"] != manifest.source.model_config["embed_dim"]:
+    loaded = load_photograph_model(path, config)
+    if loaded.config["embed_dim"] != config["embed_dim"]:
         raise ImageIndexError(
-            f"{folder}: its features have width {manifest.source.model_config['embed_dim']}, the model in {path} has "
+            f"{folder}: its features have width {config['embed_dim']}, the model in {path} has "
             f"{loaded.config['embed_dim']}; make the index anew"
         )
-    loaded.model.to(place)
-    return ImageIndex(FeatureStore(folder, manifest, place), loaded)
+    loaded.model.to(device)
+    return loaded
 
 
 def load_photograph_model(path: Path, config: str | dict | None) -> LoadedModel:

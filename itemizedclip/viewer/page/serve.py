@@ -99,6 +99,10 @@ class ReportServer(ThreadingHTTPServer):
 
     # A thread that is killed inside PyTorch takes the process down with it: closing waits for them all.
     daemon_threads = False
+    request_queue_size = 128  # people who ask at the same moment
+
+    handler: type[BaseHTTPRequestHandler]
+    """Answers its requests."""
 
     def __init__(self, page: str, answer: Answer, port: int = 0) -> None:
         self.page = page.encode("utf-8")
@@ -109,7 +113,7 @@ class ReportServer(ThreadingHTTPServer):
         # In the order in which they began to wait for a request.
         self._waiting: dict[socket.socket, None] = {}
         try:
-            super().__init__(("127.0.0.1", port), _Handler)
+            super().__init__(("127.0.0.1", port), self.handler)
         except (OSError, OverflowError) as error:
             raise UserError(
                 f"--port {port}: cannot listen there ({error}); leave --port out to take a free one"
@@ -207,7 +211,9 @@ class _Requests(io.RawIOBase):
         return count
 
 
-class _Handler(BaseHTTPRequestHandler):
+class OwnPageHandler(BaseHTTPRequestHandler):
+    """Answers the page's own machine and nobody else; subclasses answer more addresses (`get`)."""
+
     server: ReportServer
     protocol_version = "HTTP/1.1"
     server_version = "itemizedclip"
@@ -234,8 +240,16 @@ class _Handler(BaseHTTPRequestHandler):
         self._refuse(HTTPStatus(code), message or HTTPStatus(code).phrase)
 
     def do_GET(self) -> None:
-        if self._is_allowed(""):
+        path = self._path()
+        if path is not None:
             self.server.waits(self.connection, is_waiting=False)
+            self.get(path)
+
+    def get(self, path: str) -> None:
+        """Answer an address behind the token, query included."""
+        if path:
+            self._refuse(HTTPStatus.NOT_FOUND, "no such page; open the address that the command printed")
+        else:
             self._send(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
 
     def do_POST(self) -> None:
@@ -277,14 +291,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_allowed(self, path: str) -> bool:
         """Whether a request names this machine and the right address; answers it otherwise."""
+        found = self._path()
+        if found is not None and found != path:
+            self._refuse(HTTPStatus.NOT_FOUND, "no such page; open the address that the command printed")
+        return found == path
+
+    def _path(self) -> str | None:
+        """What stands behind the token of a request that names this machine; answers others."""
         if self.headers.get("Host") not in self._own(""):
             self._refuse(HTTPStatus.FORBIDDEN, "this server answers its own machine only")
-            return False
+            return None
+        start = f"/{self.server.token}/"
         # Compared in constant time, as bytes: an address may hold anything.
-        if not hmac.compare_digest(self.path.encode("utf-8", "replace"), f"/{self.server.token}/{path}".encode()):
+        given = self.path[: len(start)].encode("utf-8", "replace")
+        if not hmac.compare_digest(given, start.encode()):
             self._refuse(HTTPStatus.NOT_FOUND, "no such page; open the address that the command printed")
-            return False
-        return True
+            return None
+        return self.path[len(start) :]
 
     def _is_from_the_page(self) -> bool:
         is_json = self.headers.get_content_type() == "application/json"
@@ -324,3 +347,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)
+
+
+ReportServer.handler = OwnPageHandler
