@@ -38,6 +38,7 @@ from itemizedclip.evaluation.calibration import (
     fit_calibration,
     write_calibration,
 )
+from itemizedclip.evaluation.tcsim import Scoring
 from itemizedclip.runtime.errors import UserError, reported_errors
 from itemizedclip.runtime.files import check_writable
 from itemizedclip.runtime.flags import check, read_flags
@@ -90,7 +91,7 @@ def _fit(settings: CalibrationSettings, finished: Finished) -> None:
     cases, subject, evaluator = finished.cases, finished.subject, finished.benchmark.evaluator
     if cases is None:
         raise UserError(f"{finished.benchmark.name}: has no classes to calibrate; give classes with labels (--classes)")
-    scoring = getattr(evaluator, "scorings", ("tcsim",))[0]
+    scoring: Scoring = getattr(evaluator, "scorings", ("tcsim",))[0]
     scored = Scored(
         evaluation=finished.benchmark.name,
         checkpoint_sha256=subject.identity["checkpoint_sha256"],

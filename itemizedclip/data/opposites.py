@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 OPPOSITES = (
     ("left", "right"), ("upper", "lower"), ("small", "large"), ("increased", "decreased"), ("anterior", "posterior"),
@@ -30,9 +31,12 @@ def swapped(item: str, pairs: Sequence[tuple[str, str]] = OPPOSITES) -> str | No
     for first, second in pairs:
         words = rf"\b({first}|{second})\b"
         if re.search(words, item, flags=re.IGNORECASE):
-            other = {first: second, second: first}
-            return re.sub(words, lambda match, other=other: other[match[0].lower()], item, flags=re.IGNORECASE)
+            return re.sub(words, partial(_other, first, second), item, flags=re.IGNORECASE)
     return None
+
+
+def _other(first: str, second: str, match: re.Match[str]) -> str:
+    return second if match[0].lower() == first else first
 
 
 def contradiction(item: str) -> str | None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from itemizedclip.evaluation.cases import CaseScores
 
 Array = NDArray[np.float64]
+"""Numbers of double precision."""
 
 CONFIDENCE = 0.95
 """Of every interval."""

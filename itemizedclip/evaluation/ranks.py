@@ -263,11 +263,17 @@ def rank_resampling(ranks: RetrievalRanks, num_texts_N: Sequence[int], patients_
         num_texts_N: texts of each image, in the order of the ranks.
         patients_N: whose each image is.
     """
-    text_to_image_M, best_N = ranks.text_to_image_M.numpy(), ranks.best_text_N.numpy()
-    mean_N, worst_N = ranks.mean_text_N.numpy(), ranks.worst_text_N.numpy()
-    of_texts = {f"text_to_image_R@{k}": (text_to_image_M <= k) * 1.0 for k in {*RETRIEVAL_CUTOFFS, *VALIDATION_CUTOFFS}}
+    text_to_image_M: Array = ranks.text_to_image_M.numpy()
+    best_N: Array = ranks.best_text_N.numpy()
+    mean_N: Array = ranks.mean_text_N.numpy()
+    worst_N: Array = ranks.worst_text_N.numpy()
+    of_texts: dict[str, Array] = {
+        f"text_to_image_R@{k}": (text_to_image_M <= k) * 1.0 for k in {*RETRIEVAL_CUTOFFS, *VALIDATION_CUTOFFS}
+    }
     of_texts["text_to_image_mean_rank"] = text_to_image_M
-    of_images = {f"image_to_text_R@{k}": (best_N <= k) * 1.0 for k in {*RETRIEVAL_CUTOFFS, *VALIDATION_CUTOFFS}}
+    of_images: dict[str, Array] = {
+        f"image_to_text_R@{k}": (best_N <= k) * 1.0 for k in {*RETRIEVAL_CUTOFFS, *VALIDATION_CUTOFFS}
+    }
     of_images |= {f"image_to_text_R@{k}_worst": (worst_N <= k) * 1.0 for k in RETRIEVAL_CUTOFFS}
     of_images |= {f"complete@{k}": (worst_N <= k) * 1.0 for k in COMPLETE_CUTOFFS}
     of_images |= {"image_to_text_mean_rank": best_N, "image_to_text_mean_rank_worst": worst_N}

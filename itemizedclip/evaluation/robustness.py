@@ -199,7 +199,7 @@ class RobustnessEvaluator:
         at = {name: number for number, name in enumerate(names)}
         features = self._encode(model, sample.image[None], sample.series_names)
         scores = self._scores(model, features, texts_TD)[0]
-        found = {}
+        found: dict[str, float] = {}
 
         def prefers(first: str, second: str, values: Tensor = scores) -> float | None:
             if first not in at or second not in at:

@@ -75,7 +75,7 @@ def test_the_ladder_adds_one_part_at_a_time():
 
 
 def test_every_planned_command_is_one_that_its_recipe_takes(tmp_path):
-    runs = plan(options(tmp_path, seeds=2, level="crowded"), ["--epochs", "2"])
+    runs = plan(options(tmp_path, seeds=2, level="crowded", objectives=",".join(OBJECTIVES)), ["--epochs", "2"])
     assert len({run.folder for run in runs}) == len(runs) == 2 * len(OBJECTIVES)
     for run in runs:
         parsed = parse_run(RECIPES, "scenes", list(run.arguments[1:]))
