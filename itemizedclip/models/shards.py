@@ -87,6 +87,8 @@ def write_shards(
             return written
 
     writer = Writer(folder, sync_files=True)
+    # Said by the thread that writes, too, which `catch_warnings` does not reach.
+    warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     with _quiet():
         if in_background:

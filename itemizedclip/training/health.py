@@ -115,7 +115,8 @@ class HealthReport:
         return ranks
 
     def _look_for_slow(self, ranks: Sequence[RankHealth]) -> None:
-        median = statistics.median(one.own_s for one in ranks)
+        # Of an even number the lower one: of two ranks, the other.
+        median = statistics.median_low([one.own_s for one in ranks])
         for one in ranks:
             if one.own_s <= SLOW * median:
                 if self.slow.pop(one.rank, 0) >= SLOW_REPORTS:

@@ -38,7 +38,7 @@ class Node:
             # A cluster is given more time than a test.
             "--rdzv_conf", "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2",
         ]  # fmt: skip
-        toy = [TOY, "--logs", str(logs), "--name", "run", "--resume", "latest", "--rank-timeout", "0", *flags]
+        toy = [TOY, "--logs", str(logs), "--name", "run", "--resume", "latest", *flags]
         with self.told.open("a") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "itemizedclip.runtime.torchrun", *launcher, "--", *toy], stdout=file, stderr=file

@@ -142,7 +142,7 @@ def all_ranks_in_one_process(world_size: int) -> list[float]:
             optimizer.zero_grad()
             with torch.no_grad():
                 model.clamp_logit_scale()
-            found.append(float(total) / world_size)
+            found.append(total.item() / world_size)
     return found
 
 
