@@ -24,6 +24,7 @@ from itemizedclip.models.factory import create_model
 from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.flags import at_least
 from itemizedclip.runtime.processes import on_main
+from itemizedclip.runtime.remote import Place
 from itemizedclip.training.own import OwnData, checkpoint_config
 from itemizedclip.training.recipes import Opening, TrainingData
 from itemizedclip_radiology.data.brain import NUM_SERIES, BrainStudies
@@ -56,7 +57,7 @@ def _index(file: OwnFile, *, is_train: bool, lower_case: bool) -> StudyIndex:
     return StudyIndex(file.path, lambda study, entry: dict(entry), on_bad_sample="stop", entries=entries)
 
 
-def _without_files(index: StudyIndex, root: Path) -> list[str]:
+def _without_files(index: StudyIndex, root: Place) -> list[str]:
     """Studies none of whose volumes is there."""
     rows = (index[row] for row in range(len(index)))
     return [

@@ -291,8 +291,12 @@ class ChestData(ChestSettings):
         with only_errors_of("itemizedclip_radiology.data.reports", enabled=not opening.ranks.is_main):
             scans = scans_of(items_json, is_train=True)
         evaluators: list[Evaluator] = []
-        labels = on_main(lambda: find_validation_labels(self.labels, root))
-        if labels is not None:
+        labels: Path | None = None
+        if isinstance(root, Path):
+            labels = on_main(lambda: find_validation_labels(self.labels, root))
+        elif self.labels is not None:
+            raise UserError(f"--labels reads every volume's head, which --data-root {root} has far away; leave it out")
+        if labels is not None and isinstance(root, Path):
             reader = ChestReader(root, chest, self.cache(chest.window))
             labelled = on_main(lambda: open_labelled(labels, root, reader, loading.on_bad_sample))
             evaluators.append(

@@ -551,6 +551,7 @@ def _open_chest(source: Path, options: ChestInput, choice: SeriesChoice, remarks
         files = _chosen(source, found.tensors, lambda file: (file.name, file.path.name), choice, remarks)
         _refuse_several(source, [str(file.path) for file in files])
         path = files[0].path
+        assert isinstance(path, Path)  # only flags of training name addresses
         remarks.notes.append(
             "a .pt file says nothing about voxel size and orientation: those of the chest format are taken, 3×1×1 mm, "
             "columns to the left, rows to the back, slices to the head"
