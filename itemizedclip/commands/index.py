@@ -217,14 +217,14 @@ def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
     for name in header:
         for kind in (int, float):
             try:
-                values = [None if row[name] == "" else kind(row[name]) for row in table]
+                values = [None if entry[name] == "" else kind(entry[name]) for entry in table]
             except ValueError:
                 continue
             if name != "path":
-                for row, value in zip(table, values):
-                    row[name] = value
+                for entry, value in zip(table, values):
+                    entry[name] = value
             break
-    found = {row.pop("path"): row for row in table}
+    found = {entry.pop("path"): entry for entry in table}
     if len(found) < len(table):
         raise UserError(f"{path}: a path stands in two rows; keep one of them")
     return found

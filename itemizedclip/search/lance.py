@@ -293,10 +293,8 @@ class LargeImageIndex(Searcher):
         scores = scorer_of_stored_tokens(head, text_D[None], normalise_tokens=False).score(features)[:, 0].tolist()
         # Equal scores go to the path that comes first, whatever order the engine gave.
         best = sorted(range(len(rows)), key=lambda n: (-scores[n], rows[n]["path"]))[skip : skip + k]
-        images = [
-            IndexedImage(*(rows[n][name] for name in ("path", "size", "mtime_ns", "height", "width")), shard=0, row=0)
-            for n in best
-        ]
+        columns = ("path", "size", "mtime_ns", "height", "width")
+        images = [IndexedImage(**{name: rows[n][name] for name in columns}, shard=0, row=0) for n in best]
         chosen = ImageFeatures(features.global_BD[best], features.tokens_BLD[best], features.grid)
         return Found(text, self.hits(text_D, images, [scores[n] for n in best], chosen, first_rank=skip + 1))
 

@@ -174,10 +174,10 @@ def _size_of_braces(source: str) -> int:
 def _expand_source(source: str) -> list[Place]:
     given = _placed(source)
     if not set("{*?") & set(source) and not source.endswith(".tar") and given.is_dir():
-        found = sorted(given.glob("*.tar"), key=str)
+        found: list[Place] = sorted(given.glob("*.tar"), key=str)
         if not found:
             raise PreflightError(f"shards {source!r}: the folder holds no *.tar file")
-        return [*found]
+        return found
     if _size_of_braces(source) > MAX_SHARDS:
         raise PreflightError(f"shards {source!r}: the braces stand for more than {MAX_SHARDS:,} files; check the range")
     try:

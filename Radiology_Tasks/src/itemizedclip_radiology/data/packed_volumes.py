@@ -187,7 +187,7 @@ class PackedVolume:
             told = self._blosc2.get_cbuffer_sizes(stored)[0]
             if told != content.nbytes:
                 raise ValueError(f"{told:,} bytes where {content.nbytes:,} are")
-            self._blosc2.decompress2(stored, dst=content)
+            self._blosc2.decompress2(stored, dst=content, nthreads=1)  # loader processes are forked
         except (ValueError, RuntimeError, TypeError) as error:
             raise BadSampleError(f"{self.source}: chunk {number} cannot be unpacked ({error}); pack it again") from None
         return content
