@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -113,7 +113,8 @@ def collect_digests(folder: Path) -> Files:
 
 def cpu_group() -> dist.ProcessGroup | None:
     """A new group of all ranks with a backend for CPUs; None with one process. Every rank must call it."""
-    return dist.new_group(backend="gloo") if is_distributed() else None
+    group: Any = dist.new_group(backend="gloo") if is_distributed() else None
+    return cast("dist.ProcessGroup | None", group)
 
 
 @contextmanager

@@ -382,9 +382,9 @@ def set_aside_later(folder: Path, resumed_from: Path, step: int, epoch: int) -> 
         if later:
             target = _free_name(path.parent / "superseded" / path.name)
             target.parent.mkdir(exist_ok=True)
-            folder = shards_of(path)
-            if folder is not None and folder.is_dir():
-                shutil.move(folder, target.parent / folder.name)
+            shards = shards_of(path)
+            if shards is not None and shards.is_dir():
+                shutil.move(shards, target.parent / shards.name)
             shutil.move(path, target)
             moved.append(target)
     return moved

@@ -106,7 +106,10 @@ class HealthReport:
         own = speed["step_s"] - speed.get("exchange_s", 0.0)
         row = [speed["step_s"], own, speed["data_wait_s"], memory_mib, float(skipped)]
         rows = gather_rows(torch.tensor([row], dtype=torch.float64)).tolist()
-        ranks = [RankHealth(r, self.hosts[r], *row[:4], skipped=int(row[4])) for r, row in enumerate(rows)]
+        ranks = [
+            RankHealth(r, self.hosts[r], row[0], row[1], row[2], row[3], skipped=int(row[4]))
+            for r, row in enumerate(rows)
+        ]
         if self.is_main:
             for line in sorted(ranks, key=lambda one: -one.own_s)[:3] if len(ranks) > MOST_LINES else ranks:
                 logger.info("%s", line)

@@ -167,7 +167,8 @@ class ShardedLayout(Layout):
             mean = all_reduce_sum(torch.stack(own)) / self.ranks.world_size
             for grad, value in zip(own, mean.unbind()):
                 grad.copy_(value)
-        shards = [p.grad.to_local() for p in self.task.parameters() if _is_shard(p.grad)]
+        grads: list[Any] = [p.grad for p in self.task.parameters() if _is_shard(p.grad)]
+        shards = [grad.to_local() for grad in grads]
         norm = torch.sqrt(all_reduce_sum(_squares(shards, self.ranks.device)) + _squares(own, self.ranks.device))
         if math.isfinite(limit):
             factor = (limit / (norm + 1e-6)).clamp(max=1.0)
@@ -250,7 +251,7 @@ def _shard_of(whole: Tensor) -> Tensor:
     return parts[rank] if rank < len(parts) else whole.new_empty(0, *whole.shape[1:])
 
 
-def _placed_like(value: Any, parameter: Tensor, name: str) -> Any:
+def _placed_like(value: Any, parameter: Any, name: str) -> Any:
     """A whole tensor of the optimizer beside its parameter; numbers and counters as they are."""
     if not isinstance(value, Tensor) or value.ndim == 0 or not _is_shard(parameter):
         return value

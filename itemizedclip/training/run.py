@@ -282,9 +282,10 @@ def compile_towers(model: DualEncoder, *, backend: str = "inductor") -> None:
     # DDP's graph splitting under a compiled submodule is a known source of crashes, and gains nothing here.
     torch._dynamo.config.optimize_ddp = False
     blocks = model.blocks()
+    towers = [part for part in (*model.image_tower(), *model.text_tower()) if isinstance(part, nn.Module)]
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
-    for part in blocks or [*model.image_tower(), *model.text_tower()]:
-        if isinstance(part, nn.Module) and any(True for _ in part.children()):
+    for part in blocks or towers:
+        if any(True for _ in part.children()):
             part.compile(backend=backend)
 
 
