@@ -34,8 +34,7 @@ from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.images import MAX_ASPECT, decode_mask, decode_photograph
 from itemizedclip.data.jsonl import ImageItems
 from itemizedclip.models.factory import LoadedModel, create_model, load_pretrained
-from itemizedclip.search import build
-from itemizedclip.search import index as search_index
+from itemizedclip.search import build, searcher
 from itemizedclip.search.index import open_index
 from itemizedclip.search.plan import FoundImage
 from itemizedclip.viewer.inputs import open_input
@@ -328,7 +327,7 @@ def by_search_pictures(world: World, encoded: bytes) -> np.ndarray:
     status = path.stat()
     image = dataclasses.replace(hit.image, size=status.st_size, mtime_ns=status.st_mtime_ns)
     shown = []
-    world.monkeypatch.setattr(search_index, "attention_figure", lambda seen, *others, **more: shown.append(seen))
+    world.monkeypatch.setattr(searcher, "attention_figure", lambda seen, *others, **more: shown.append(seen))
     opened.draw("a lake", dataclasses.replace(hit, file=path, image=image))
     return np.asarray(shown[0])
 
