@@ -28,7 +28,9 @@ from itemizedclip.runtime.registry import MissingExtraError, Registry
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
-FAMILIES: Registry[type[DualEncoder]] = Registry("itemizedclip.models", "model family")
+FAMILIES: Registry[type[DualEncoder]] = Registry(
+    "itemizedclip.models", "model family", {"vit": "itemizedclip.models.image_text_2d:ItemizedCLIP2D"}
+)
 """Value of `vision_cfg.tower` → DualEncoder class."""
 
 

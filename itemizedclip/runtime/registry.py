@@ -7,6 +7,7 @@ FILE.py:NAME, which takes NAME from a Python file of the user's own.
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import inspect
 import re
@@ -39,12 +40,12 @@ class Registry(Generic[T]):
     Attributes:
         group: such as "itemizedclip.models".
         what: one of them, for messages, such as "model family".
-        built_in: those of the core.
+        built_in: those of the core, as "module:name"; imported when they are asked for.
     """
 
     group: str
     what: str
-    built_in: Mapping[str, T] = field(default_factory=dict)
+    built_in: Mapping[str, str] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """All names, sorted; nothing is imported."""
@@ -58,7 +59,8 @@ class Registry(Generic[T]):
             UserError: there is none.
         """
         if name in self.built_in:
-            return self.built_in[name]
+            module, _, attribute = self.built_in[name].partition(":")
+            return cast(T, getattr(importlib.import_module(module), attribute))
         if ".py:" in name:
             return cast(T, _from_file(name, self.what))
         point = self._points().get(name)
