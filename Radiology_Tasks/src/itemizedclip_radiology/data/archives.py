@@ -52,7 +52,12 @@ def unpacked_archive(source: Path) -> Iterator[Path]:
         except OSError as error:
             raise BadSampleError(f"{source}: cannot be unpacked into {made} ({error.strerror or error})") from None
         entries = list(folder.iterdir())
-        yield entries[0] if len(entries) == 1 and entries[0].is_dir() else folder
+        opened = entries[0] if len(entries) == 1 and entries[0].is_dir() else folder
+        try:
+            yield opened
+        except BadSampleError as error:
+            # The folder is gone when this is read.
+            raise BadSampleError(str(error).replace(str(opened), str(source))) from None
 
 
 def _check(source: Path, sizes: list[int]) -> None:
