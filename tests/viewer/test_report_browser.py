@@ -659,8 +659,8 @@ def test_calibrated_scores_say_where_they_stand(chromium, tmp_path):
     chromium.open((tmp_path / "report.html").as_uri())
     first, second = chromium.find_all(".item")
     assert (
-        "Calibrated score 0.310: present, probability 42 % where it was calibrated; reaches the threshold 0.250 that "
-        "finds 90 %; higher than 93 % of studies without it; higher than 35 % of studies with it."
+        "Calibrated score 0.310: present, probability 42 % where it was calibrated; reaches 0.250, which 90 % of "
+        "studies with it reach; higher than 93 % of studies without it; higher than 35 % of studies with it."
     ) in first.text.replace("\u00a0", " ")
     assert "alibrated" not in second.text
     line, mark = (
