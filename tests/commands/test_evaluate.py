@@ -142,7 +142,7 @@ def test_the_projects_own_benchmarks():
     ]
     found = run(sys.executable, "-c", "\n".join(lines))
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count("needs pip install -e '.[radiology]'") == 7
+    assert found.stdout.count("needs pip install -e '.[radiology]'") == 8
     assert re.search(r"  rsicd +30-class zero-shot classification", found.stdout)
 
 

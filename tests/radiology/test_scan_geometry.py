@@ -592,6 +592,17 @@ def test_packed_studies_are_read(tmp_path, suffix):
     assert not (tmp_path.parent / "outside.txt").exists()
 
 
+def test_messages_about_packed_studies_name_the_archive(tmp_path):
+    folder = mr(tmp_path / "study")
+    change(folder, lambda data: setattr(data, "PixelData", data.PixelData[:-900]), only=lambda n: n == 3)
+    packed = tmp_path / "packed.tar"
+    with tarfile.open(packed, "w") as archive:
+        archive.add(folder, "study")
+    with pytest.raises(BadSampleError, match=r"packed\.tar/s1_\d+\.dcm: .* cut short; copy it again") as caught:
+        open_input(packed, BRAIN)
+    assert "itemizedclip-study" not in str(caught.value)
+
+
 def test_packed_studies_that_cannot_be_unpacked(tmp_path):
     (tmp_path / "torn.zip").write_bytes(b"PK\x03\x04 nothing")
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:

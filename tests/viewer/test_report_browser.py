@@ -542,7 +542,7 @@ def test_large_volumes_are_shown_to_the_step(show, monkeypatch):
         found = int(re.search(r"about (−?\d+) HU", text)[1].replace("−", "-"))
         row, column = (int(re.search(rf"{word} (\d+)", text)[1]) - 1 for word in ("row", "column"))
         value = int(values[middle, row, column])
-        assert abs(found - value) <= (2 if -200 <= value < 300 else 8 if -950 <= value < -200 else 19)
+        assert abs(found - value) <= (2 if -200 <= value < 300 else 7 if -950 <= value < -200 else 19)
     assert "HU rounded" in page.find("#notes").get_attribute("textContent")
 
 
@@ -620,7 +620,9 @@ def test_crosshair_and_ruler_by_keys(show):
     press(page, "c")
     assert page.find("#cross").is_selected()
     start = page.find(".cross.upright").rect["x"]
-    press(page, "m", *[Keys.SHIFT + Keys.ARROW_RIGHT + Keys.NULL] * 20)
+    press(page, "m")
+    ActionChains(page.driver).key_down(Keys.SHIFT).send_keys(Keys.ARROW_RIGHT * 20).key_up(Keys.SHIFT).perform()
+    page.settle()
     voxel = page.find(".well canvas").rect["width"] / 64
     assert page.find(".cross.upright").rect["x"] - start == pytest.approx(20 * voxel, abs=1.5)
     assert "mm" in page.text("#readout")
@@ -657,8 +659,8 @@ def test_calibrated_scores_say_where_they_stand(chromium, tmp_path):
     chromium.open((tmp_path / "report.html").as_uri())
     first, second = chromium.find_all(".item")
     assert (
-        "Calibrated score 0.310: present, probability 42 % where it was calibrated; reaches the threshold 0.250 that "
-        "finds 90 %; higher than 93 % of studies without it; higher than 35 % of studies with it."
+        "Calibrated score 0.310: present, probability 42 % where it was calibrated; reaches 0.250, which 90 % of "
+        "studies with it reach; higher than 93 % of studies without it; higher than 35 % of studies with it."
     ) in first.text.replace("\u00a0", " ")
     assert "alibrated" not in second.text
     line, mark = (
@@ -681,11 +683,11 @@ def test_windows_with_values_of_their_own_are_one_tab(show):
     page = show(explanation)
     assert not page.find("#tabs").is_displayed()
     assert [button.text.split(" ")[0] for button in page.find_all("#seen-chips button")] == ["Blood", "Bone", "Brain"]
-    bone = without_attention(page)
+    bone = int(re.search(r"grey (\d+)", hover(page, 0.5, 0.5))[1])
     page.find_all("#seen-chips button")[2].click()
     page.settle()
     assert page.text("#seen-chips [aria-pressed=true]").startswith("Brain")
-    assert np.abs(without_attention(page) - bone).max() > 5
+    assert (int(re.search(r"grey (\d+)", hover(page, 0.5, 0.5))[1]) - bone) % 256 == 10  # `study` adds 10 to each
 
 
 # --- two items --------------------------------------------------------------------------------------------------------

@@ -336,7 +336,7 @@ function chip(text, act) {
 function buildTools() {
   const view = currentView();
   $("grey-field").hidden = isVolume(view);
-  $("cross-field").hidden = $("ruler-field").hidden = $("ruler-note").hidden = !isVolume(view);
+  $("cross-field").hidden = $("ruler-field").hidden = !isVolume(view);
   buildSeen();
   $("tools").hidden = $("presets").hidden = $("planes").hidden = $("window").hidden = !isVolume(view);
   if (!isVolume(view)) return;

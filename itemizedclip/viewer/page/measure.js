@@ -97,7 +97,7 @@ function paintRuler(context, plane, slice) {
 
 function drawRulerNote(view) {
   const { ruler } = state, isOf = ruler && ruler.series === seriesOf(view.number);
-  $("ruler-note").style.visibility = isOf ? "visible" : "hidden"; // it keeps its room: the picture must not move under a hand
+  $("ruler-note").hidden = !isOf;
   if (!isOf) return;
   const spans = ruler.to && Math.floor(ruler.to[state.normal]) !== Math.floor(ruler.from[state.normal]);
   $("ruler-text").textContent = ruler.to ? `Ruler: ${rulerLength(view, ruler)}${spans ? ", from one slice to another" : ""}` : "Ruler: one end is set; press M at the other";

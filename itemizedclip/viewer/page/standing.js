@@ -4,7 +4,7 @@
 function standingText({ score, probability, truths, thresholds, below }) {
   const said = [];
   for (const [wanted, threshold, isAbove] of thresholds) {
-    said.push(`${isAbove ? "reaches" : "below"} the threshold ${decimal(threshold, 3)} that finds ${percent(wanted)}`);
+    said.push(`${isAbove ? "reaches" : "is below"} ${decimal(threshold, 3)}, which ${percent(wanted)} of studies with it reach`);
   }
   if ("absent" in below) said.push(`higher than ${percent(below.absent)} of studies without it`);
   if ("present" in below) said.push(`higher than ${percent(below.present)} of studies with it`);

@@ -142,6 +142,7 @@ def open_input(
             series = [_open_chest(opened, replace(options, size=size), choice, remarks)]
         else:
             series = _open_brain(opened, size, choice, remarks)
+        remarks.replace(str(opened), str(source))
     names = [one.view.name for one in series]
     return ModelInput(
         name=_name_of(source),
@@ -165,6 +166,11 @@ class _Remarks:
         """Take over those of a scan."""
         self.notes += scan.notes
         self.warnings += scan.warnings
+
+    def replace(self, folder: str, source: str) -> None:
+        """Name the archive instead of the folder that it was unpacked into."""
+        self.notes = [text.replace(folder, source) for text in self.notes]
+        self.warnings = [text.replace(folder, source) for text in self.warnings]
 
 
 @dataclass(frozen=True)
