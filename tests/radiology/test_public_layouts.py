@@ -111,7 +111,7 @@ def test_mr_rate(tmp_path):
 def mr_rate(tmp_path_factory) -> Path:
     """A small MR-RATE beside what was prepared of it: source/, out/."""
     root = tmp_path_factory.mktemp("mr")
-    write_mr_rate(root / "source", num_train=4, num_valid=3, num_test=6)
+    write_mr_rate(root / "source", num_train=5, num_valid=3, num_test=6)
     options = PrepareStudiesOptions(
         source=root / "source", to=root / "out", layout="mr-rate", items=root / "source/sentences.jsonl"
     )
@@ -180,7 +180,7 @@ def test_mr_rate_on_two_processes(mr_rate, trained, tmp_path):
 
 def test_what_mr_rate_needs(mr_rate, tmp_path):
     labels = mr_rate / "source/pathology_labels/mrrate_labels.csv"
-    assert len(open_mr_rate(labels, mr_rate / "out", split="all")) == 13
+    assert len(open_mr_rate(labels, mr_rate / "out", split="all")) == 14
     with pytest.raises(
         UserError, match=r"test\.json: no such file; expected what `itemizedclip prepare studies MR-RATE"
     ):

@@ -26,8 +26,9 @@ def cluster() -> Iterator[Any]:
 
     helpers = str(Path(__file__).parents[1] / "helpers")
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    made.nodes = [made.add_node(num_cpus=1), made.add_node(num_cpus=1)]
+    # Connected while there is the head alone: the node that is killed must not be the one that this process hangs on.
     ray.init(address=made.address, runtime_env={"env_vars": {"PYTHONPATH": helpers}}, log_to_driver=False)
+    made.cores = [made.add_node(num_cpus=1), made.add_node(num_cpus=1)]
     yield made
     ray.shutdown()
     made.shutdown()
@@ -40,7 +41,7 @@ def test_a_node_that_dies_takes_no_job_with_it(cluster, tmp_path):
         deadline = time.monotonic() + 240
         while not list(tmp_path.glob("*")) and time.monotonic() < deadline:
             time.sleep(0.1)
-        cluster.remove_node(cluster.nodes[1], allow_graceful=False)
+        cluster.remove_node(cluster.cores[1], allow_graceful=False)
 
     killer = threading.Thread(target=kill)
     killer.start()
