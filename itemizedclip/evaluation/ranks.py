@@ -268,14 +268,15 @@ def rank_resampling(ranks: RetrievalRanks, num_texts_N: Sequence[int], patients_
     mean_N: Array = ranks.mean_text_N.numpy()
     worst_N: Array = ranks.worst_text_N.numpy()
     of_texts: dict[str, Array] = {
-        f"text_to_image_R@{k}": (text_to_image_M <= k) * 1.0 for k in {*RETRIEVAL_CUTOFFS, *VALIDATION_CUTOFFS}
+        f"text_to_image_R@{k}": (text_to_image_M <= k).astype(np.float64)
+        for k in {*RETRIEVAL_CUTOFFS, *VALIDATION_CUTOFFS}
     }
     of_texts["text_to_image_mean_rank"] = text_to_image_M
     of_images: dict[str, Array] = {
-        f"image_to_text_R@{k}": (best_N <= k) * 1.0 for k in {*RETRIEVAL_CUTOFFS, *VALIDATION_CUTOFFS}
+        f"image_to_text_R@{k}": (best_N <= k).astype(np.float64) for k in {*RETRIEVAL_CUTOFFS, *VALIDATION_CUTOFFS}
     }
-    of_images |= {f"image_to_text_R@{k}_worst": (worst_N <= k) * 1.0 for k in RETRIEVAL_CUTOFFS}
-    of_images |= {f"complete@{k}": (worst_N <= k) * 1.0 for k in COMPLETE_CUTOFFS}
+    of_images |= {f"image_to_text_R@{k}_worst": (worst_N <= k).astype(np.float64) for k in RETRIEVAL_CUTOFFS}
+    of_images |= {f"complete@{k}": (worst_N <= k).astype(np.float64) for k in COMPLETE_CUTOFFS}
     of_images |= {"image_to_text_mean_rank": best_N, "image_to_text_mean_rank_worst": worst_N}
     of_images |= {"mean_item_rank": mean_N, "worst_item_rank": worst_N}
 
