@@ -24,6 +24,7 @@ TINY_2D = FIXTURES / "runs/tiny_2d/checkpoints/epoch_6.pt"
 TINY_HLIP = FIXTURES / "runs/tiny_hlip/checkpoints/epoch_3.pt"
 
 SIGNATURES = {
+    "calibrated": "(loaded, images, *, calibration=None)",
     "create_model_and_transforms": "(name)",
     "evaluate": "(source, name, **settings)",
     "explain": "(loaded, image, items=None, *, normalise_tokens=False)",
