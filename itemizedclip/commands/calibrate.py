@@ -112,34 +112,39 @@ def _fit(settings: CalibrationSettings, finished: Finished) -> None:
     path = calibration_path(finished.options.checkpoint)
     write_calibration(path, calibration)
     console = Console()
-    console.print(calibration_table(calibration, len(cases)))
+    for table in calibration_tables(calibration, len(cases)):
+        console.print(table)
     for name, why in calibration.left_out.items():
         console.print(literal(f"not calibrated: {name}: {why}"), soft_wrap=True)
     console.print(literal(f"written to {path}"), soft_wrap=True)
 
 
-def calibration_table(calibration: Calibration, num_cases: int) -> Table:
-    """Findings, thresholds and what is known of them, cross-fitted."""
-    title = f"Calibration on {num_cases:,} cases of {len(calibration.patients):,} patients; figures cross-fitted"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("finding", no_wrap=True)
-    wanted = [point.wanted_sensitivity for point in calibration.findings[0].operating_points]
-    points = [name for value in wanted for name in (f"at {value:.0%}", "sens.", "spec.")]
-    for name in ("with / without", "method", "Brier", "error", "covered", "undecided", *points):
-        table.add_column(name, justify="right", no_wrap=True)
+def calibration_tables(calibration: Calibration, num_cases: int) -> list[Table]:
+    """Findings and what is known of them, cross-fitted; and their thresholds."""
+    compact: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+    patients = len(calibration.patients)
+    findings = Table(title=f"Calibration on {num_cases:,} cases of {patients:,} patients; cross-fitted", **compact)
+    thresholds = Table(title="Thresholds at fixed sensitivity; achieved, cross-fitted", **compact)
+    for table, names in (
+        (findings, ("with", "without", "method", "Brier", "error", "cov. with", "without", "undecided")),
+        (thresholds, ("wanted", "threshold", "sensitivity", "specificity")),
+    ):
+        table.add_column("finding", no_wrap=True)
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
 
     def percent(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.0f} %"
 
     for finding in calibration.findings:
         own = finding.quality
-        cells = [f"{finding.num_positive:,} / {finding.num_negative:,}", finding.method, f"{own['brier']:.3f}"]
-        cells += [f"{own['calibration_error']:.3f}"]
-        cells += [f"{percent(own['coverage_present'])} / {percent(own['coverage_absent'])}", percent(own["undecided"])]
+        cells = [f"{finding.num_positive:,}", f"{finding.num_negative:,}", finding.method, f"{own['brier']:.3f}"]
+        shares = [percent(own[key]) for key in ("coverage_present", "coverage_absent", "undecided")]
+        findings.add_row(literal(finding.name), *cells, f"{own['calibration_error']:.3f}", *shares)
         for point in finding.operating_points:
-            cells += [f"{point.threshold:.4f}", percent(point.sensitivity), percent(point.specificity)]
-        table.add_row(literal(finding.name), *cells)
-    return table
+            cells = [percent(point.wanted_sensitivity), f"{point.threshold:.4f}", percent(point.sensitivity)]
+            thresholds.add_row(literal(finding.name), *cells, percent(point.specificity))
+    return [findings, thresholds]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

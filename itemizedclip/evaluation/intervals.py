@@ -22,7 +22,7 @@ CONFIDENCE = 0.95
 SEED = 0
 """Of the resamples: the same evaluation gives the same intervals."""
 
-BLOCK_VALUES = 4_000_000
+BLOCK_VALUES = 1_000_000
 """Weights held at a time: resamples go block by block."""
 
 
@@ -40,19 +40,36 @@ class Resampling:
     measure: Callable[[Array], Mapping[str, Array]]
 
 
-def patient_draws(patients_N: Sequence[str], resamples: int, seed: int = SEED) -> Array:
+def patient_draws(patients_N: Sequence[str], resamples: int, rng: np.random.Generator) -> Array:
     """How often each case counts in each bootstrap resample of whole patients, (R, N).
 
     Args:
         patients_N: whose each case is.
         resamples: R.
-        seed: of the draws.
+        rng: of the draws.
     """
     names, patient_N = np.unique(np.asarray(patients_N, dtype=object).astype(str), return_inverse=True)
     P = len(names)
-    counts_RP = np.random.default_rng(seed).multinomial(P, np.full(P, 1 / P), size=resamples)
+    counts_RP = np.stack([np.bincount(rng.integers(P, size=P), minlength=P) for _ in range(resamples)])
     drawn: Array = counts_RP[:, patient_N].astype(np.float64)
     return drawn
+
+
+def resampled_values(resampling: Resampling, resamples: int, *, seed: int = SEED) -> dict[str, Array]:
+    """Each measure in each resample, (R,); the same draws for the same patients, whatever is measured.
+
+    Args:
+        resampling: what to draw from.
+        resamples: R, at least 1.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    block = max(1, BLOCK_VALUES // max(len(resampling.patients_N), 1))
+    parts = []
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        parts.append(resampling.measure(patient_draws(resampling.patients_N, count, rng)))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def bootstrap_intervals(
@@ -69,15 +86,10 @@ def bootstrap_intervals(
         seed: of the draws.
         confidence: share of resamples between the ends.
     """
-    N = len(resampling.patients_N)
     if not resamples or len(set(resampling.patients_N)) < 2:
         return {}
-    weights_RN = patient_draws(resampling.patients_N, resamples, seed)
-    block = max(1, BLOCK_VALUES // max(N, 1))
-    parts = [resampling.measure(weights_RN[start : start + block]) for start in range(0, resamples, block)]
     intervals = {}
-    for name in parts[0]:
-        values = np.concatenate([np.asarray(part[name], dtype=np.float64) for part in parts])
+    for name, values in resampled_values(resampling, resamples, seed=seed).items():
         known = values[~np.isnan(values)]
         if 2 * len(known) >= resamples:
             low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])

@@ -8,14 +8,14 @@ Axes: N cases, P positive and Q negative ones, R resamples.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 
 from itemizedclip.evaluation.cases import CaseScores
-from itemizedclip.evaluation.intervals import CONFIDENCE, SEED, Array, case_resampling, patient_draws
+from itemizedclip.evaluation.intervals import CONFIDENCE, Array, case_resampling, resampled_values
 from itemizedclip.runtime.errors import UserError
 
 
@@ -89,8 +89,9 @@ def compare_cases(ours: CaseScores, theirs: CaseScores, *, resamples: int = 2000
     """
     ours, theirs = _matched(ours, theirs)
     differences: dict[str, PairedDifference] = {}
-    weights_RN = patient_draws(ours.patients, resamples, SEED)
-    drawn = [case_resampling(cases).measure(weights_RN) for cases in (ours, theirs)]
+    # The same patients in the same order: the same draws for both.
+    paired = replace(theirs, patients=ours.patients)
+    drawn = [resampled_values(case_resampling(cases), resamples) for cases in (ours, paired)]
     whole = [case_resampling(cases).measure(np.ones((1, len(ours)))) for cases in (ours, theirs)]
     for name in whole[0]:
         if name == "mean_auc":

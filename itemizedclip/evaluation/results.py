@@ -71,7 +71,7 @@ def intervals_table(
 ) -> Table:
     """95 % intervals of measures, those of single classes last and, beyond `most`, only in the result file."""
     table = Table(
-        title=f"95 % intervals, bootstrap over {patients:,} patients or images",
+        title=f"95 % intervals, {patients:,} patients or images",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

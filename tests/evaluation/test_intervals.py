@@ -54,7 +54,7 @@ def each_alone(values) -> Resampling:
 
 def test_whole_patients_are_drawn():
     patients = ["x", "y", "x", "z"]
-    weights = patient_draws(patients, 500)
+    weights = patient_draws(patients, 500, np.random.default_rng(0))
     assert (weights[:, 0] == weights[:, 2]).all()
     assert (weights[:, 0] + weights[:, 1] + weights[:, 3] == 3).all()
     assert weights[:, 1].mean() == pytest.approx(1, abs=0.1)
