@@ -205,7 +205,7 @@ class LargeIndex:
         """Make the IVF-PQ index over the global features anew; False where there are too few images for one.
 
         Args:
-            partitions: of the vectors; default √N.
+            partitions: of the vectors; default √N, at most one of 256 vectors.
             sub_vectors: bytes that a vector is reduced to; default D / 8.
         """
         N = len(self)
@@ -215,7 +215,7 @@ class LargeIndex:
 
         config = IvfPq(
             distance_type="cosine",
-            num_partitions=partitions or max(1, round(math.sqrt(N))),
+            num_partitions=partitions or max(1, min(round(math.sqrt(N)), N // 256)),  # 256 train one
             num_sub_vectors=sub_vectors or max(1, self.facts.width // 8),
         )
         self._table.create_index("vector", config=config, replace=True)
@@ -223,18 +223,22 @@ class LargeIndex:
 
     # --- searching
 
-    def candidates(self, text_D: Tensor, count: int, *, where: str | None = None, probes: int = 50) -> list[LargeRow]:
+    def candidates(
+        self, text_D: Tensor, count: int, *, where: str | None = None, probes: int | None = None
+    ) -> list[LargeRow]:
         """The images with the global features nearest to a text, nearest first.
 
         Args:
             text_D: text feature.
             count: how many.
             where: SQL over `columns`, such as "height > 500 AND camera = 'x'".
-            probes: partitions looked into.
+            probes: partitions looked into; default √N / 10 of √N, at least 20.
 
         Raises:
             UserError: a filter that Lance does not understand.
         """
+        if probes is None:
+            probes = max(20, round(math.sqrt(len(self)) / 10))
         query = self._table.search(text_D.float().cpu().numpy()).distance_type("cosine").nprobes(probes).limit(count)
         if where:
             query = query.where(where, prefilter=True)
