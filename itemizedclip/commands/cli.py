@@ -25,7 +25,7 @@ from itemizedclip.runtime.flags import ending_quietly
 
 COMMANDS = {
     "train": ("itemizedclip.commands.train", "train a recipe by its name: the published ones, or your own images"),
-    "prepare": ("itemizedclip.commands.prepare", "reports or captions → the items that training reads"),
+    "prepare": ("itemizedclip.commands.prepare", "scans → volumes, reports or captions → items: what training reads"),
     "demo": (
         "itemizedclip.commands.demo",
         "train on the embedded itemized scenes, evaluate, draw an attention picture",

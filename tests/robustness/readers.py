@@ -32,6 +32,7 @@ from itemizedclip_2d.rsicd_table import open_rsicd_table
 from itemizedclip_2d.shard_index import listed_counts, read_shard
 from itemizedclip_radiology.benchmarks.grounded_scans import read_rexgrounding
 from itemizedclip_radiology.benchmarks.head_ct import CQ500_COLUMNS, RSNA_COLUMNS, read_rsna_labels, read_study_list
+from itemizedclip_radiology.benchmarks.mr_rate import read_patients, read_prompts
 from itemizedclip_radiology.data.archives import unpacked_archive
 from itemizedclip_radiology.data.brain import _EntryCheck
 from itemizedclip_radiology.data.chest import _check_scan
@@ -43,6 +44,8 @@ from itemizedclip_radiology.data.volumes import read_volume
 from itemizedclip_radiology.models.text_tower import bert_config_of, load_bert_tokenizer
 from itemizedclip_radiology.models.weight_files import read_state_dict
 from itemizedclip_radiology.prepare.labels import build_cq500, build_rsna
+from itemizedclip_radiology.prepare.public import MrRate, RadChestCt
+from itemizedclip_radiology.prepare.sources import Entry
 from photograph_cases import photograph_cases
 from rsicd_files import image_cell
 from safetensors.torch import save
@@ -344,7 +347,23 @@ def packed_study(path: Path) -> object:
         return study(folder)
 
 
+def read_rad_chestct(path: Path) -> object:
+    return RadChestCt().read(Entry(path, study="trn00001"), path, fill=False)
+
+
+def scan_npz_bytes() -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, ct=np.zeros((3, 4, 5), dtype=np.int16))
+    return file.getvalue()
+
+
 JSON_READERS: dict[str, Reader] = {
+    "texts of MR-RATE": Reader(
+        read_prompts, lambda: {"pathologies": {"Glioma": {"positive": "There is glioma", "negative": "no"}}}, "p.json"
+    ),
+    "index of MR-RATE": Reader(
+        lambda path: read_patients(path.parent, "test"), lambda: {"S1": {"series": {}, "patient": "P1"}}, "test.json"
+    ),
     "config of photographs": Reader(build, lambda: TINY, "config.json"),
     "config of studies": Reader(build, studies_config, "config.json"),
     "BERT's config": Reader(
@@ -509,6 +528,12 @@ BYTE_READERS: dict[str, Reader] = {
     "study .tar": Reader(packed_study, lambda: tar_bytes(dicom_files()), "s.tar"),
     "study .tar.gz": Reader(
         packed_study, lambda: gzip.compress(tar_bytes(dicom_files()), mtime=0), "s.tar.gz", names=""
+    ),
+    "Rad-ChestCT": Reader(read_rad_chestct, scan_npz_bytes, "trn00001.npz"),
+    "splits of MR-RATE": Reader(
+        lambda path: MrRate().patients_and_splits(path.parent),
+        lambda: csv_bytes(["batch_id", "patient_uid", "study_uid", "split"], ["b", "P1", "S1", "train"]),
+        "splits.csv",
     ),
 }
 

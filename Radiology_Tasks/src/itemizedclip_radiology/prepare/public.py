@@ -138,7 +138,7 @@ class MrRate(PublicLayout):
 
     def entries(self, source: Path, state: Path) -> list[Entry]:
         """See `PublicLayout`; only studies of splits.csv."""
-        splits = self._splits(source)
+        splits = self.patients_and_splits(source)
         found: dict[str, Path] = {}
         unlisted = 0
         for path in self._studies(source):
@@ -158,8 +158,8 @@ class MrRate(PublicLayout):
             for study, path in sorted(found.items())
         ]
 
-    def _splits(self, source: Path) -> dict[str, tuple[str, str]]:
-        """Study → patient, split."""
+    def patients_and_splits(self, source: Path) -> dict[str, tuple[str, str]]:
+        """Study → patient, split; raises MissingFileError without splits.csv, UserError for another file."""
         tables = [path for path in (source / "splits.csv", source.parent / "splits.csv") if path.is_file()]
         if not tables:
             raise MissingFileError(
@@ -334,7 +334,7 @@ class RadChestCt(PublicLayout):
         try:
             with zipfile.ZipFile(path) as archive:
                 told = archive.getinfo(f"{self.KEY}.npy").file_size
-                if told > 8 * MAX_VOXELS:
+                if told > MAX_VOXELS:  # bytes: a scan has a tenth
                     raise BadSampleError(f"{path}: tells of {told:,} bytes, more than any scan has; copy it again")
             with np.load(path, allow_pickle=False) as arrays:
                 voxels = arrays[self.KEY]
