@@ -94,10 +94,6 @@ _FACTS: dict[str, Rule] = {
 }
 
 
-LargeRow = dict[str, Any]
-"""A row of the table, by column."""
-
-
 class LargeIndex:
     """A table of images; `create_large` or `open_large` makes one.
 
@@ -223,10 +219,8 @@ class LargeIndex:
 
     # --- searching
 
-    def candidates(
-        self, text_D: Tensor, count: int, *, where: str | None = None, probes: int | None = None
-    ) -> list[LargeRow]:
-        """The images with the global features nearest to a text, nearest first.
+    def candidates(self, text_D: Tensor, count: int, *, where: str | None = None, probes: int | None = None) -> Any:
+        """The images with the global features nearest to a text, nearest first: a pyarrow table.
 
         Args:
             text_D: text feature.
@@ -243,7 +237,7 @@ class LargeIndex:
         if where:
             query = query.where(where, prefilter=True)
         try:
-            rows: list[LargeRow] = query.to_list()
+            rows = query.to_arrow()
         except Exception as error:
             if not where:
                 raise
@@ -253,13 +247,14 @@ class LargeIndex:
             ) from None
         return rows
 
-    def features(self, rows: Sequence[LargeRow]) -> ImageFeatures:
+    def features(self, rows: Any) -> ImageFeatures:
         """Global features and unpacked tokens of candidates."""
         L = math.prod(self.facts.grid)
         merged = MergedTokens.from_rows(
-            [row["tokens"] for row in rows], num_tokens=L, width=self.facts.width, num_centroids=self.facts.tokens
+            rows.column("tokens").to_pylist(), num_tokens=L, width=self.facts.width, num_centroids=self.facts.tokens
         )
-        global_BD = torch.from_numpy(np.array([row["vector"] for row in rows], dtype=np.float32))
+        vectors = rows.column("vector").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        global_BD = torch.from_numpy(vectors.astype(np.float32).reshape(len(rows), self.facts.width))
         return ImageFeatures(global_BD, merged.unpacked(), self.facts.grid)
 
 
@@ -290,15 +285,16 @@ class LargeImageIndex(Searcher):
         check_page(k, skip, candidates)
         text_D = self.encode([text])[0].cpu()
         rows = self.large.candidates(text_D, max(candidates or DEFAULT_CANDIDATES, skip + k), where=where)
-        if not rows:
+        if not len(rows):
             return Found(text, [])
         features = self.large.features(rows)
         head = self.loaded.model.head
         scores = scorer_of_stored_tokens(head, text_D[None], normalise_tokens=False).score(features)[:, 0].tolist()
         # Equal scores go to the path that comes first, whatever order the engine gave.
-        best = sorted(range(len(rows)), key=lambda n: (-scores[n], rows[n]["path"]))[skip : skip + k]
-        columns = ("path", "size", "mtime_ns", "height", "width")
-        images = [IndexedImage(**{name: rows[n][name] for name in columns}, shard=0, row=0) for n in best]
+        paths = rows.column("path").to_pylist()
+        best = sorted(range(len(rows)), key=lambda n: (-scores[n], paths[n]))[skip : skip + k]
+        chosen_rows = rows.select(["path", "size", "mtime_ns", "height", "width"]).take(best).to_pylist()
+        images = [IndexedImage(**row, shard=0, row=0) for row in chosen_rows]
         chosen = ImageFeatures(features.global_BD[best], features.tokens_BLD[best], features.grid)
         return Found(text, self.hits(text_D, images, [scores[n] for n in best], chosen, first_rank=skip + 1))
 

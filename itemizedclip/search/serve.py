@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import threading
 from collections import OrderedDict
 from http import HTTPStatus
@@ -42,8 +43,8 @@ _KEPT_ANSWERS = 500
 class SearchServer(ReportServer):
     """The page and the API of one index; `serve_forever` runs it, `url` is where to open it.
 
-    Searches are answered one at a time, because the model is one; the same search is answered from memory. Pictures
-    are made by the thread that asks.
+    As many searches are answered at a time as there are cores, the others wait; the same search is answered from
+    memory. Pictures are made by the thread that asks.
     """
 
     def __init__(self, index: Searcher, port: int = 0) -> None:
@@ -60,6 +61,7 @@ class SearchServer(ReportServer):
         super().__init__(page.replace("{{NUMBER}}", f"{len(index):,}"), lambda items: {}, port)
         self.index = index
         self._memory = threading.Lock()
+        self._searching = threading.BoundedSemaphore(os.cpu_count() or 1)
         self._hits: OrderedDict[str, Hit] = OrderedDict()
         self._pictures: OrderedDict[str, bytes] = OrderedDict()
         self._answers: OrderedDict[tuple[str, int, int, str], dict[str, Any]] = OrderedDict()
@@ -71,7 +73,7 @@ class SearchServer(ReportServer):
             if key in self._answers:
                 self._answers.move_to_end(key)
                 return self._answers[key]
-        with self._lock:
+        with self._searching:
             found = self.index.page(text, k, skip=skip, where=where or None)
         hits = []
         with self._memory:
