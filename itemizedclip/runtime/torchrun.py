@@ -41,6 +41,10 @@ def run_agent(argv: Sequence[str] | None, stop_asked: Callable[[], bool] = lambd
 
     # It says below, or its processes have said, what these would.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    given = sys.argv[1:] if argv is None else argv
+    if any(flag.replace("_", "-").startswith("--max-restarts") for flag in given):
+        # Processes that start again would else meet at the store of those before them, at addresses that are gone.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         torchrun(None if argv is None else list(argv))
     except SignalException as error:  # the parent has gone, or there was no process yet to pass a signal on to

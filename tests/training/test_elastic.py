@@ -5,6 +5,8 @@ What a cluster does to a run is done to real processes: a worker dies, a node di
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -27,6 +29,12 @@ SECONDS = 300
 """Of each wait; a machine with two idle cores needs some five."""
 
 
+def _end_with_parent() -> None:
+    """A test that is killed leaves no run behind."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+
+
 class Node:
     """An agent with its ranks."""
 
@@ -41,7 +49,10 @@ class Node:
         toy = [TOY, "--logs", str(logs), "--name", "run", "--resume", "latest", *flags]
         with self.told.open("a") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "itemizedclip.runtime.torchrun", *launcher, "--", *toy], stdout=file, stderr=file
+                [sys.executable, "-m", "itemizedclip.runtime.torchrun", *launcher, "--", *toy],
+                stdout=file,
+                stderr=file,
+                preexec_fn=_end_with_parent,
             )
 
     def everyone(self) -> list[int]:
