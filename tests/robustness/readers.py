@@ -138,7 +138,7 @@ def checkpoint_fields() -> dict[str, Any]:
             "optimizer": {"epochs": 2, "lr": 0.1},
         },
         "model_config": TINY, "transform": {"image_size": 8}, "data_fingerprint": "f", "world_size": 1,
-        "metrics": {"a/b": 0.5}, "tracking": {"wandb": "x"}, "format": 1,
+        "metrics": {"a/b": 0.5}, "tracking": {"wandb": "x"}, "format": 1, "shards": None,
     }  # fmt: skip
     assert set(state) == {f.name for f in fields(Checkpoint)}
     return state
