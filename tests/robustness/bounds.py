@@ -5,10 +5,16 @@ from __future__ import annotations
 import resource
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from itemizedclip.runtime.errors import UserError
+
+with suppress(ModuleNotFoundError):
+    # pandas takes it for texts where it is there; it reserves a gigabyte of addresses, not of memory, at its first use.
+    import pyarrow as pa
+
+    pa.array(["a text"])
 
 MEMORY_BYTES = 2**30
 """What reading any damaged file may take beyond what the process holds: hostile ones ask for far more."""
