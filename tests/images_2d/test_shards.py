@@ -36,6 +36,7 @@ from PIL import Image
 from itemizedclip.data.batch import BadSampleError, ItemCollator
 from itemizedclip.data.items import load_item_lists
 from itemizedclip.data.preflight import PreflightError
+from itemizedclip.runtime.errors import UserError
 from itemizedclip.runtime.processes import Ranks
 from itemizedclip.training.loading import MapSource
 from itemizedclip.training.options import LoadingSettings
@@ -155,7 +156,7 @@ def test_expand_shards(tmp_path):
     ],
 )
 def test_wrong_shard_arguments(sources, message):
-    with pytest.raises(PreflightError, match=message):
+    with pytest.raises(UserError, match=message):
         expand_shards(sources)
 
 
