@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from perfect_maps import perfect_explanation
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import RLELossless
-from scan_files import affine_of, world_of, write_dicom
+from scan_files import affine_of, world_of, write_dicom, write_nifti
 from test_scan_geometry import (
     BRAIN,
     CUBE,
@@ -31,8 +33,11 @@ from test_scan_geometry import (
     tilted,
 )
 
+from itemizedclip.commands.cli import main as cli
 from itemizedclip.evaluation.attention import ItemMaps
+from itemizedclip.models.factory import create_model
 from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import file_sha256
 from itemizedclip.viewer import dicom
 from itemizedclip.viewer.dicom import DicomOrigin
 from itemizedclip.viewer.dicom import write_dicom as write_results
@@ -246,3 +251,28 @@ def test_a_validator_finds_no_error(tmp_path, kind):
     for path in results(folder, tmp_path / "out"):
         said = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, check=False)
         assert "Error" not in said.stdout + said.stderr, said.stderr
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    """Of a packed study, whose files are gone when the results are written."""
+    model = create_model("HLIPSN_debug")
+    weights = tmp_path / "epoch_1.pt"
+    torch.save({"state_dict": model.state_dict(), "model_config": model.config}, weights)
+    folder = mr(tmp_path / "study")
+    with tarfile.open(tmp_path / "study.tar.gz", "w:gz") as archive:
+        archive.add(folder, "study")
+    command = ["explain", str(tmp_path / "study.tar.gz"), "--checkpoint", str(weights), "--items", "a mass;a cyst"]
+    cli([*command, "--output", str(tmp_path / "out"), "--dicom", "--seg-threshold", "0.5", "--no-nifti"])
+    assert "2 files in dicom/" in capsys.readouterr().out.replace("\n", " ")
+    maps = sorted((tmp_path / "out/dicom").iterdir())
+    assert [path.name for path in maps] == ["item01_a_mass__AX_t2.map.dcm", "item02_a_cyst__AX_t2.map.dcm"]
+    for path in maps:
+        assert_refers_to_images(path, folder)
+        assert pydicom.dcmread(path).DeviceSerialNumber == file_sha256(weights)[:16]
+    files = json.loads((tmp_path / "out/explanation.json").read_text())["files"]
+    assert files[-2:] == [f"dicom/{path.name}" for path in maps]
+    affine = affine_of("RAS", SPACING, SHAPE)
+    command[1] = str(write_nifti(tmp_path / "t2.nii.gz", head(world_of(SHAPE, affine)), affine))
+    with pytest.raises(SystemExit):
+        cli([*command, "--output", str(tmp_path / "other"), "--dicom"])
+    assert "is no DICOM study; --dicom writes results that refer to one" in " ".join(capsys.readouterr().err.split())

@@ -111,7 +111,7 @@ def report_html(
                 f"{view.name}: {view.values.size / 1e6:.0f} million voxels, HU rounded to steps of 4 between −200 and "
                 "300, 15 from −950 on, 37 below, 36 above; `itemizedclip explain` writes them exactly, as NIfTI"
             )
-        first = next(one.views[0] for one in series if number in one.views)
+        first = next(n for n, other in enumerate(source.views) if other.values is view.values)
         packed = views[first]["values"] if first < number else _packed(fitting, f"view-{number}", blocks)
         views.append(_described_view(fitting) | {"values": packed})
     contents = {
