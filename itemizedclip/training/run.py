@@ -283,7 +283,9 @@ def compile_towers(model: DualEncoder, *, backend: str = "inductor") -> None:
     torch._dynamo.config.optimize_ddp = False
     blocks = model.blocks()
     towers = [part for part in (*model.image_tower(), *model.text_tower()) if isinstance(part, nn.Module)]
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    # PyTorch 2.6 calls it cache_size_limit.
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 4 * len(blocks)))
     for part in blocks or towers:
         if any(True for _ in part.children()):
             part.compile(backend=backend)
