@@ -39,7 +39,7 @@ from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.images import DECODER_VERSION, decode_photograph
 from itemizedclip.data.preflight import PreflightError
 from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.files import parse_json, read_json, written_whole
+from itemizedclip.runtime.files import check_readable, parse_json, read_json, written_whole
 from itemizedclip.runtime.logs import progress_bar
 from itemizedclip_2d.packed_items import PackedItems
 from itemizedclip_2d.rsicd_table import CACHE_FOLDER
@@ -283,6 +283,8 @@ def read_shard(path: Path, *, caption_field: str, decode_images: bool) -> ShardI
     """
     groups: dict[str, _Members] = {}
     endings: Counter[str] = Counter()
+    if path.exists():
+        check_readable(path, holding="a tar file of images")
     try:
         damage = _read_members(path, groups, endings, decode_images=decode_images)
     except OSError as error:
