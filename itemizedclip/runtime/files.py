@@ -194,8 +194,8 @@ def check_readable(path: Path, *, holding: str) -> None:
         return
     if not path.exists():
         raise MissingFileError(f"{path}: no such file; expected {holding}")
-    what = "is a folder" if path.is_dir() else "is no regular file"
-    raise UserError(f"{path}: {what}; expected {holding}")
+    what = "it is a folder" if path.is_dir() else "it is no regular file"
+    raise UserError(f"{path}: cannot be read ({what}); expected {holding}")
 
 
 def read_text(path: str | Path, *, holding: str) -> str:

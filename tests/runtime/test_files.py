@@ -167,5 +167,5 @@ def test_names_of_parts_tell_whose_they_are(tmp_path):
 def test_what_is_no_file_is_not_read(make, tmp_path):
     path = tmp_path / "texts.txt"
     make(path)
-    with pytest.raises(UserError, match=r"texts.txt: is (a folder|no regular file); expected one text per line"):
+    with pytest.raises(UserError, match=r"cannot be read \(it is (a folder|no regular file)\); expected one text"):
         read_text(path, holding="one text per line")
