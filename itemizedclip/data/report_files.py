@@ -23,8 +23,17 @@ from typing import Any, Literal
 
 from itemizedclip.data.itemize import Itemized, section_role
 from itemizedclip.data.items import is_normal_study
-from itemizedclip.runtime.errors import MissingFileError, UserError
-from itemizedclip.runtime.files import column_key, open_table, parse_json, read_json, read_text, write_json, write_text
+from itemizedclip.runtime.errors import UserError
+from itemizedclip.runtime.files import (
+    check_readable,
+    column_key,
+    open_table,
+    parse_json,
+    read_json,
+    read_text,
+    write_json,
+    write_text,
+)
 
 SourceKind = Literal["studies", "lists", "lines", "table", "folder"]
 
@@ -75,8 +84,8 @@ def read_reports(path: str | Path, *, name_column: str | None = None, text_colum
         UserError: not such a file, a key that stands twice, or no report.
     """
     path = Path(path).expanduser()
-    if not path.exists():
-        raise MissingFileError(f"{path}: no such file; expected {HOLDING}")
+    if not path.is_dir():
+        check_readable(path, holding=HOLDING)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
         texts = [file for file in files if file.suffix.lower() == ".txt"]

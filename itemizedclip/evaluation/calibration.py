@@ -28,9 +28,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from sklearn.isotonic import IsotonicRegression
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
 
 from itemizedclip.data.batch import Tokenizer
 from itemizedclip.evaluation.cases import CaseScores
@@ -427,6 +424,8 @@ def platt(scores_N: Array, labels_N: Array) -> tuple[float, float]:
     standard = np.concatenate([scores_N, scores_N])[:, None]
     labels = np.repeat([1, 0], len(scores_N))
     weights = np.concatenate([target_N, 1 - target_N])
+    from sklearn.linear_model import LogisticRegression
+
     model = LogisticRegression(C=1e12, tol=1e-10, max_iter=1000)
     model.fit((standard - centre) / scale, labels, sample_weight=weights)
     slope = float(model.coef_[0, 0]) / scale
@@ -463,6 +462,8 @@ def _fit(scores_N: Array, labels_N: Array, patients_N: np.ndarray, method: Metho
     positive = labels_N == 1
     knots, heights, slope, intercept = np.empty(0), np.empty(0), 0.0, 0.0
     if method == "isotonic":
+        from sklearn.isotonic import IsotonicRegression  # takes a second: only here
+
         regression = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores_N, labels_N)
         knots, heights = regression.X_thresholds_, regression.y_thresholds_
     else:
@@ -510,6 +511,8 @@ def fit_finding(
         "isotonic" if len(scores_N) >= ISOTONIC_FROM else "platt"
     )  # fmt: skip
     whole = _fit(scores_N, labels_N, patients_N, method, settings)
+    from sklearn.model_selection import StratifiedGroupKFold
+
     fitted, folds = np.full(len(scores_N), np.nan), StratifiedGroupKFold(FOLDS, shuffle=True, random_state=FOLD_SEED)
     yes = np.zeros((len(settings.sensitivities), len(scores_N)), dtype=bool)
     has_present, has_absent = np.zeros(len(scores_N), dtype=bool), np.zeros(len(scores_N), dtype=bool)

@@ -175,6 +175,29 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+OPEN_PIPES = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+"""Where a shell puts what it gives a command to read, such as `<(sort texts.txt)`."""
+
+
+def check_readable(path: Path, *, holding: str) -> None:
+    """Whether a path is a file, or a pipe that the shell has opened; others give bytes without end, or wait for ever.
+
+    Args:
+        path: the path.
+        holding: what it should hold, for messages.
+
+    Raises:
+        MissingFileError: no such file.
+        UserError: a folder, a device, or a pipe that nobody may ever write to.
+    """
+    if path.is_file() or (path.is_fifo() and str(path).startswith(OPEN_PIPES)):
+        return
+    if not path.exists():
+        raise MissingFileError(f"{path}: no such file; expected {holding}")
+    what = "it is a folder" if path.is_dir() else "it is no regular file"
+    raise UserError(f"{path}: cannot be read ({what}); expected {holding}")
+
+
 def read_text(path: str | Path, *, holding: str) -> str:
     """Content of a text file in UTF-8; a byte-order mark is no part of it.
 
@@ -187,8 +210,7 @@ def read_text(path: str | Path, *, holding: str) -> str:
         UserError: a folder, no permission, or not UTF-8.
     """
     path = Path(path).expanduser()
-    if not path.exists():
-        raise MissingFileError(f"{path}: no such file; expected {holding}")
+    check_readable(path, holding=holding)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -39,7 +39,7 @@ from itemizedclip.runtime.fields import (
     whole,
 )
 from itemizedclip.runtime.fields import number as fields_number
-from itemizedclip.runtime.files import parse_json, read_json, replacing
+from itemizedclip.runtime.files import check_readable, parse_json, read_json, replacing
 from itemizedclip.search.recall import PrefilterRecall
 
 FORMAT = 1
@@ -378,6 +378,7 @@ def read_shard_header(path: Path) -> ShardHeader:
         ImageIndexError: a damaged file, or none of an index.
     """
     try:
+        check_readable(path, holding="a part of an image index")
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER_KEY, "")
         content = parse_json(header, source=path, holding="the header of a part of an image index")
@@ -396,6 +397,7 @@ def map_shard(path: Path) -> ImageFeatures:
         ImageIndexError: a missing or damaged file.
     """
     try:
+        check_readable(path, holding="a part of an image index")
         with safe_open(path, framework="pt") as file:
             global_nD, tokens_nLD = file.get_tensor("global"), file.get_tensor("tokens")
         if global_nD.dim() != 2 or tokens_nLD.dim() != 3 or len(global_nD) != len(tokens_nLD):

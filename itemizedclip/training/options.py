@@ -33,6 +33,13 @@ from itemizedclip.runtime.processes import DistributedSettings, check_device_nam
 OptionsT = TypeVar("OptionsT", bound="RunOptions")
 
 
+MAX_NAME = 200
+"""Characters of a run's name."""
+
+MAX_RANK = 4096
+"""Of adapters; no tower is as wide."""
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """Where a run lives, where it starts and what it keeps."""
@@ -100,7 +107,12 @@ class RunSettings:
             "--keep-best needs evaluations; drop --val-frequency 0, or --keep-best",
         )
         plain = not set(self.name) & {"/", "\\"} and not self.name.startswith(".")
-        check(plain, f"--name is {self.name!r}; expected a plain folder name; its parent is --logs")
+        plain = plain and self.name.isprintable() and len(self.name) <= MAX_NAME
+        check(
+            plain,
+            f"--name is {self.name!r}; expected a plain folder name of at most {MAX_NAME} characters; its parent is "
+            "--logs",
+        )
         check_device_name(self.device)
 
 
@@ -150,6 +162,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         at_least(self, lora_image=0, lora_text=0)
+        at_most(self, lora_image=MAX_RANK, lora_text=MAX_RANK)
         for tower in ("image", "text"):
             check(
                 not (getattr(self, f"lora_{tower}") and getattr(self, f"lock_{tower}")),

@@ -32,7 +32,7 @@ from itemizedclip.runtime.processes import Ranks
 from itemizedclip.runtime.registry import Registry, unknown_name
 from itemizedclip.training.engine import TrainResult, train
 from itemizedclip.training.loading import BatchSource
-from itemizedclip.training.options import RunOptions
+from itemizedclip.training.options import RunOptions, flatten_options, options_to_dict
 from itemizedclip.training.run import Evaluator, launch_run
 
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
@@ -217,7 +217,22 @@ def parse_recipe(
         _exit_with(prog, str(error))
     base = dataclasses.replace(base, run=dataclasses.replace(base.run, recipe=name))
     description = f"{inspect.getdoc(make) or ''}\n\nThe defaults below are those of the recipe {name}."
-    return read_flags(type(base), argv, prog=prog, description=description, default=base, published=True)
+    return _writable(
+        read_flags(type(base), argv, prog=prog, description=description, default=base, published=True), prog
+    )
+
+
+def _writable(options: OptionsT, prog: str | None) -> OptionsT:
+    """Options that params.json and checkpoints can hold: paths whose names are no text they cannot."""
+    for name, value in flatten_options(options_to_dict(options)).items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            flag = "--" + name.rpartition(".")[2].replace("_", "-")
+            _exit_with(
+                prog, f"{flag} is {value!r}, which is no text in UTF-8 and cannot be recorded: rename or link it"
+            )
+    return options
 
 
 def _words(make: Recipe, argv: Sequence[str] | None, prog: str | None) -> dict[str, str]:
@@ -264,7 +279,9 @@ def parse_run(
         f"  {key}: {(inspect.getdoc(make) or '').partition(chr(10))[0]}" for key, make in recipes.items()
     )
     shown = f"{description or ''}\n\nRecipes (--recipe NAME; defaults below are those of {name}):\n{listed}"
-    return read_flags(type(base), arguments, prog=prog, description=shown, default=base, published=True)
+    return _writable(
+        read_flags(type(base), arguments, prog=prog, description=shown, default=base, published=True), prog
+    )
 
 
 def train_door(

@@ -32,7 +32,7 @@ from itemizedclip.data.jsonl import read_own
 from itemizedclip.models.archive import unusable_tensor
 from itemizedclip.models.factory import LoadedModel
 from itemizedclip.runtime.errors import MissingFileError, UserError
-from itemizedclip.runtime.files import read_json
+from itemizedclip.runtime.files import check_readable, read_json
 from itemizedclip.viewer.geometry import Geometry, mask_to_view
 from itemizedclip.viewer.inputs import InputView, ModelInput, open_input
 
@@ -244,6 +244,8 @@ def read_masks(source: Path) -> Mapping[str, np.ndarray]:
     """
     expected = "expected bool masks by item number or finding"
     try:
+        if not source.is_dir():
+            check_readable(source, holding="masks")
         if source.is_dir():
             found = {path.stem: decode_mask(path, source=str(path)) for path in source.glob("*.png")}
         elif source.suffix == ".npz":

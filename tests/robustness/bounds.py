@@ -25,14 +25,18 @@ SECONDS = 20.0
 LONGEST_MESSAGE = 2500
 
 
+class TooSlowError(BaseException):
+    """The block took too long; no reader takes this for an error of a file."""
+
+
 @contextmanager
 def bounded(memory_bytes: int = MEMORY_BYTES, seconds: float = SECONDS) -> Iterator[None]:
-    """MemoryError or TimeoutError in the block when it takes more; nothing is changed afterwards."""
+    """MemoryError or TooSlowError in the block when it takes more; nothing is changed afterwards."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else None
 
     def too_slow(number: int, frame: object) -> None:
-        raise TimeoutError(f"more than {seconds} s")
+        raise TooSlowError(f"more than {seconds} s")
 
     previous = signal.signal(signal.SIGALRM, too_slow)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -80,6 +80,22 @@ def test_files_of_something_else(name):
         read(reader, content)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["masks .npz", "masks .pt", "shard", "features", "queries", "own images", "reports", "labels", "JPEG", "NIfTI",
+     "volume .pt", "checkpoint", "item lists", "index.json", "studies of the brain", "config of photographs"],
+)  # fmt: skip
+def test_what_is_no_file(name):
+    """A device that never ends, a pipe that nobody writes to, a folder."""
+    reader = BYTE_READERS.get(name) or JSON_READERS[name]
+    for make in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo, os.mkdir):
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "own" / reader.file
+            path.parent.mkdir(parents=True)
+            make(path)
+            taken_or_refused(reader.read, path, names=reader.names)
+
+
 @bounded_search
 @given(changed_data({key: value for key, value in checkpoint_fields().items() if key != "state_dict"}))
 def test_strange_fields_of_a_checkpoint(value: object) -> None:

@@ -161,3 +161,11 @@ def test_names_of_parts_tell_whose_they_are(tmp_path):
         assert part.name.startswith(".x.pt.")
         assert f".{os.getpid()}." in part.name
         part.write_bytes(b"")
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_read(make, tmp_path):
+    path = tmp_path / "texts.txt"
+    make(path)
+    with pytest.raises(UserError, match=r"cannot be read \(it is (a folder|no regular file)\); expected one text"):
+        read_text(path, holding="one text per line")

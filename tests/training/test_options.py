@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from commands import fails
 
 from itemizedclip.objectives.loss import ObjectiveOptions
+from itemizedclip.runtime.errors import UserError
 from itemizedclip.training.options import (
     LoadingSettings,
     LoggingSettings,
@@ -21,7 +23,7 @@ from itemizedclip.training.options import (
     options_from_dict,
     options_to_dict,
 )
-from itemizedclip.training.recipes import parse_run
+from itemizedclip.training.recipes import parse_recipe, parse_run
 
 
 @dataclass(frozen=True)
@@ -223,3 +225,19 @@ def test_trackers_are_resolved_once():
 def test_the_step_batch_is_the_product():
     assert LoadingSettings(batch_size=8, accum_batch=4, accum_freq=2).step_batch == 64
     assert ModelSettings().torchcompile is False
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x" * 5000, "a\x1b[2J", "\udcff"])
+def test_names_of_runs_can_be_shown_and_made(name):
+    with pytest.raises(UserError, match="expected a plain folder name of at most 200 characters"):
+        RunSettings(name=name)
+
+
+def test_paths_that_cannot_be_recorded_are_refused(capsys):
+    told = fails(capsys, parse_recipe, "scenes_debug", ["--logs", "l\udcff"])
+    assert "--logs is 'l\\udcff', no text in UTF-8, which cannot be recorded: rename or link it" in told
+
+
+def test_ranks_of_adapters_are_bounded():
+    with pytest.raises(UserError, match="--lora-image is 1000000000; expected at most 4096"):
+        ModelSettings(lora_image=10**9)

@@ -40,7 +40,7 @@ from itemizedclip.data.batch import BadSampleError
 from itemizedclip.data.images import DECODER_VERSION, decode_photograph
 from itemizedclip.data.preflight import PreflightError
 from itemizedclip.runtime.errors import UserError
-from itemizedclip.runtime.files import parse_json, read_json, written_whole
+from itemizedclip.runtime.files import check_readable, parse_json, read_json, written_whole
 from itemizedclip.runtime.logs import progress_bar
 from itemizedclip.runtime.remote import (
     SUMS_FILE,
@@ -322,6 +322,8 @@ def read_shard(
     """
     groups: dict[str, _Members] = {}
     endings: Counter[str] = Counter()
+    if path.exists():
+        check_readable(path, holding="a tar file of images")
     try:
         # A large buffer makes one sequential read of the many small ones.
         with remote.open() if remote else open(cast(Path, path), "rb", buffering=_READ_BYTES) as file:
