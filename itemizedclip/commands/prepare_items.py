@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 PROG = "itemizedclip prepare items"
 DESCRIPTION = (
     "Reports or redundant captions → independent text items, in the files that training reads, with a table and a page "
-    "to review what became of each report. SOURCE: a .json, .jsonl or .csv file, or a folder of .txt files "
+    "to review what became of each report. SOURCE: a .json, .jsonl or .csv file, or a folder of .txt or .csv files "
     "(docs/prepare-items.md). Everything stays on this machine unless --endpoint names another."
 )
 _MOST_LISTED = 5
@@ -74,7 +74,7 @@ class PrepareItemsOptions:
     """What to cut, and where the items go."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """Reports: .json, .jsonl, .csv, or a folder of .txt files."""
+    """Reports: .json, .jsonl, .csv, or a folder of .txt or .csv files."""
 
     to: Path
     """Folder for the results."""

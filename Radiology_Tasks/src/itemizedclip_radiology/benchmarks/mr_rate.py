@@ -211,7 +211,7 @@ class MrRateOptions(StudyOptions):
     def fit_to_model(self, studies: LabelledStudies, loaded: LoadedModel) -> LabelledStudies:
         """Files of another size are resampled where training did so."""
         studies = super().fit_to_model(studies, loaded)
-        prepare = loaded.meta.get("transform", {}).get("prepare", "crop")
+        prepare = (loaded.meta.get("transform") or {}).get("prepare", "crop")
         return replace(studies, reader=BrainReader("resample" if prepare == "resample" else "crop"))
 
     def measure(
