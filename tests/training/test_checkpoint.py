@@ -87,7 +87,7 @@ def test_sigterm_on_one_rank_saves_and_stops_all(tmp_path):
     # What ranks agree on arrives a step late.
     assert "stopped after 5 of 10 steps" in done.stderr
     saved = load_checkpoint(tmp_path / "cut/checkpoints/latest.pt")
-    assert (saved.step, saved.epoch, saved.step_in_epoch, saved.world_size) == (5, 1, 0, 2)
+    assert (saved.step, saved.epoch, saved.step_in_epoch, saved.world_size) == (5, 0, 5, 2)
 
 
 def test_sigusr1_from_outside_saves_at_the_next_step(tmp_path):
