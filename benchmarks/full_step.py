@@ -129,12 +129,12 @@ def cell(domain: str, setting: str, images: int, series: int) -> dict[str, float
     start = memory_kib("VmRSS")
     recipe, usual = DOMAINS[domain]
     options = parse_recipe(recipe, [])
-    options = replace(options, model=replace(options.model, precision="fp32", **SETTINGS[setting]))  # type: ignore[arg-type]
+    options = replace(options, model=replace(options.model, **{"precision": "fp32", **SETTINGS[setting]}))  # type: ignore[arg-type]
     settings = options.model
     config = load_model_config(settings.model)
     config["vision_cfg"] = {k: v for k, v in config["vision_cfg"].items() if k != "series_names"}
     model = create_model(config).train()
-    dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16
+    dtype = None if settings.precision == "fp32" else torch.bfloat16
     precision = Precision(settings.precision, "cpu", dtype)
     cast_towers(model, precision)
     model.lock(

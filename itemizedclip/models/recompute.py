@@ -3,6 +3,8 @@
 What a block keeps is its input. It can keep the results of its attention as well, one more array of the input's size:
 what is computed again is then projections, MLP and norms alone, and attention over n tokens, whose cost grows with n²,
 is computed once.
+
+Axes: n tokens of an attention group.
 """
 
 from __future__ import annotations
