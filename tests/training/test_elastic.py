@@ -43,8 +43,8 @@ class Node:
         launcher = [
             "--nnodes", nodes, "--nproc_per_node", str(ranks), "--max_restarts", "3", "--rdzv_backend", "c10d",
             "--rdzv_id", "rehearsal", "--rdzv_endpoint", f"127.0.0.1:{port}",
-            # A cluster is given more time than a test.
-            "--rdzv_conf", "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2",
+            # Less time than a cluster is given; a busy machine must not take a living agent for a dead one.
+            "--rdzv_conf", "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=10",
         ]  # fmt: skip
         toy = [TOY, "--logs", str(logs), "--name", "run", "--resume", "latest", *flags]
         with self.told.open("a") as file:
