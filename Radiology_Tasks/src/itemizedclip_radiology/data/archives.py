@@ -79,8 +79,8 @@ def _most(source: Path) -> int:
 def _refuse(source: Path, files: int, size: int) -> NoReturn:
     packed = source.stat().st_size
     raise BadSampleError(
-        f"{source}: holds {files:,} or more files of {size / 1e9:,.1f} GB in {packed / 1e6:,.1f} MB; expected one study: "
-        "unpack it yourself and give its folder"
+        f"{source}: holds {files:,} or more files of {size / 1e9:,.1f} GB in {packed / 1e6:,.1f} MB; expected one "
+        "study: unpack it yourself and give its folder"
     )
 
 
