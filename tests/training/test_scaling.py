@@ -10,7 +10,7 @@ import pytest
 
 from itemizedclip.commands.train import main
 from itemizedclip.runtime.errors import UserError
-from itemizedclip.training.counting import TowerCost, loss_flop
+from itemizedclip.training.counting import TowerCost, TowerLine, loss_flop
 from itemizedclip.training.options import LoadingSettings, ObjectiveSettings, ParallelSettings, RunOptions
 from itemizedclip.training.plan import StepPlan
 from itemizedclip.training.scaling import (
@@ -64,7 +64,8 @@ def test_parts_of_a_step_on_four_machines_of_two_by_hand():
 def plan(trained_bytes: int = 4_000_000) -> StepPlan:
     return StepPlan(
         parameters=1_000_000, trained=1_000_000, parameter_bytes=4_000_000, trained_bytes=trained_bytes,
-        cost=TowerCost(flop=10**9, tokens=64), counted=2, items=4, width=32, passes=2,
+        towers=TowerLine(TowerCost(1, 10**9, 0, (0,), (0,), 64), TowerCost(2, 2 * 10**9, 0, (0,), (0,), 64)),
+        items=4, width=32, heads=4, passes=2, token_size=4,
     )  # fmt: skip
 
 

@@ -34,11 +34,12 @@ def test_a_bad_step_leaves_weights_and_moments_and_a_good_one_is_a_plain_step(fu
 def test_a_finding_comes_with_the_next_step():
     findings = Findings()
     assert findings.take() is None
-    assert findings.swap(1, torch.tensor([1, 0]), torch.tensor(float("nan")), ["a"]) is None
-    first = findings.swap(2, torch.tensor([0, 1]), torch.tensor(0.5), ["b"])
+    assert findings.swap(1, torch.tensor([1, 0, 0]), torch.tensor(float("nan")), ["a"]) is None
+    first = findings.swap(2, torch.tensor([0, 1, 1]), torch.tensor(0.5), ["b"])
     assert (first.step, first.is_bad, first.wants_stop, first.sample_ids) == (1, True, False, ["a"])
     second = findings.take()
     assert (second.step, second.is_bad, second.wants_stop, second.loss) == (2, False, True, 0.5)
+    assert (first.wants_save, second.wants_save) == (False, True)
     assert findings.take() is None
 
 

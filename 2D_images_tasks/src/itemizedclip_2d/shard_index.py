@@ -322,7 +322,7 @@ def read_shard(
     """
     groups: dict[str, _Members] = {}
     endings: Counter[str] = Counter()
-    if path.exists():
+    if isinstance(path, Path) and path.exists():
         check_readable(path, holding="a tar file of images")
     try:
         # A large buffer makes one sequential read of the many small ones.
