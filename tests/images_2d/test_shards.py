@@ -505,7 +505,7 @@ def test_a_shard_that_vanishes_or_shrinks(tmp_path):
 def test_unreadable_shard_is_one_sentence(tmp_path):
     folder = tmp_path / "00000.tar"
     folder.mkdir()
-    with pytest.raises(PreflightError, match=r"00000.tar: cannot be read"):
+    with pytest.raises(UserError, match=r"00000.tar: cannot be read"):
         read_shard(folder, caption_field=FIELD, decode_images=False)
 
 

@@ -319,6 +319,7 @@ def read_shard(
 
     Raises:
         PreflightError: a compressed tar file, which allows no random access, or one that cannot be opened.
+        UserError: a folder, a device, a pipe.
     """
     groups: dict[str, _Members] = {}
     endings: Counter[str] = Counter()
