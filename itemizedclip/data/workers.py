@@ -126,10 +126,12 @@ def delivered(loader: DataLoader[Any]) -> Iterator[Any]:
     Raises:
         LoaderError: a loader process was killed, or gave nothing for the loader's timeout.
     """
+    batches = iter(loader)
     try:
-        yield from map(unpacked, loader)
+        yield from map(unpacked, batches)
     except RuntimeError as error:
         if "DataLoader" not in str(error):
+            give_up(batches)
             raise
         how = "gave nothing" if "timed out" in str(error) else "was killed"
         kill_loader_processes()
@@ -137,6 +139,20 @@ def delivered(loader: DataLoader[Any]) -> Iterator[Any]:
             f"one of {loader.num_workers} loader processes {how} ({str(error).splitlines()[0][:200]}). Mostly the "
             "machine's memory was used up (see dmesg), or a disk does not answer: lower --workers or --batch-size"
         ) from None
+    except BaseException:  # also when nobody asks for more
+        give_up(batches)
+        raise
+
+
+def give_up(batches: Iterator[Any]) -> None:
+    """End the loader processes of an iteration that nobody goes on with; PyTorch waits five seconds for each."""
+    workers = getattr(batches, "_workers", [])
+    if workers and getattr(batches, "_worker_pids_set", False):
+        # Else PyTorch reports each as a failure of its own.
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False  # type: ignore[attr-defined]
+    for worker in workers:
+        worker.kill()
 
 
 _said = threading.Event()

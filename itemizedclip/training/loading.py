@@ -23,6 +23,7 @@ from itemizedclip.data.workers import (
     RoomyCollator,
     WatchedDataset,
     WorkerWatch,
+    give_up,
     kill_loader_processes,
     unpacked,
 )
@@ -121,7 +122,11 @@ class MapSource:
             ) from error
         for _ in range(start_step, self.steps_per_epoch):
             started = perf_counter()
-            loaded = [_next(loads) for _ in range(self.loads_per_step)]
+            try:
+                loaded = [_next(loads) for _ in range(self.loads_per_step)]
+            except BadSampleError:
+                give_up(loads)
+                raise
             wait_s = perf_counter() - started
             # Copied one by one from page-locked memory, joined on the device.
             batch = ItemBatch.join([load.batch.to(self.device, non_blocking=True) for load in loaded])
