@@ -11,12 +11,14 @@ import torch
 from itemizedclip_radiology.data.packed_volumes import PackedVolume, write_packed
 from itemizedclip_radiology.data.volume_cache import VolumeCache
 from itemizedclip_radiology.data.volumes import read_volume
+from itemizedclip_radiology.own import OwnBrainStudies, OwnChestScans
 from itemizedclip_radiology.prepare.pack import PackOptions, pack_folder
 from safetensors.torch import load_file, save_file
 from test_chest_data import open_scans, write_tree
 from test_study_data import open_dataset, write_studies
 
 from itemizedclip.data.batch import BadSampleError
+from itemizedclip.data.jsonl import read_own
 from itemizedclip.runtime.errors import UserError
 
 DTYPES = [torch.uint8, torch.int16, torch.int32, torch.float16, torch.float32]
@@ -117,3 +119,20 @@ def test_packed_studies_and_scans_are_the_same_samples(tmp_path):
 def test_a_folder_without_volumes(tmp_path):
     with pytest.raises(UserError, match=r"no \.pt file below it"):
         pack_folder(PackOptions(folder=tmp_path, to=tmp_path / "to"))
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(OwnBrainStudies, (48, 224, 224)), (OwnChestScans, (118, 390, 390))])
+def test_own_data_name_packed_volumes_as_they_name_others(tmp_path, kind, shape):
+    volume = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    # Grey values of a brain; HU of a chest, half of it air.
+    volume = (volume * 255).to(torch.uint8) if kind is OwnBrainStudies else (volume * 2000 - 1000).to(torch.int16)
+    torch.save(volume, tmp_path / "a.pt")
+    write_packed(tmp_path / "b.packed", volume)
+    lines = [
+        {"id": name, "series": {"AX_T2": file}, "items": ["an infarct"], "split": "train"}
+        for name, file in (("plain", "a.pt"), ("packed", "b.packed"))
+    ]
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    studies = kind(read_own(tmp_path / "my.jsonl"), is_train=False, num_items=1)
+    assert studies.why_unusable(1) is None
+    assert torch.equal(studies.load(0, None).image, studies.load(1, None).image)

@@ -35,7 +35,7 @@ from itemizedclip_radiology.data.chest import ChestInput, ChestSettings, load_ch
 from itemizedclip_radiology.data.reports import StudyIndex
 from itemizedclip_radiology.data.studies import LoadedStudy, Preparation, ScanReader, SeriesFile
 from itemizedclip_radiology.data.study_dataset import StudyDataset, UsableStudies
-from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size, read_volume, volume_file
+from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size, is_volume_file, read_volume, volume_file
 from itemizedclip_radiology.models.initial import RadiologyRun, trunk_config, volume_transform
 from itemizedclip_radiology.recipes import ctrate, ctrate_debug, mri, mri_debug
 from itemizedclip_radiology.viewing.inputs import body_of, chest_scan_hu, scan_series
@@ -64,15 +64,10 @@ def _index(file: OwnFile, *, is_train: bool, lower_case: bool) -> StudyIndex:
     return StudyIndex(file.path, lambda study, entry: dict(entry), on_bad_sample="stop", entries=entries)
 
 
-def is_tensor_file(path: str) -> bool:
-    """Whether a volume is a `.pt` file, and no scan as it came from the scanner."""
-    return path.endswith(".pt")
-
-
 def _say_scans(file: OwnFile) -> None:
     """What reading scans costs, where there are any."""
     paths = [path for entry in file.entries for path in entry.series.values()]
-    scans = [path for path in paths if not is_tensor_file(path)]
+    scans = [path for path in paths if not is_volume_file(Path(path))]
     if scans:
         logger.warning(
             "%s: %d of %d volumes are scans, such as %s, read and resampled anew each time; `itemizedclip prepare "
@@ -150,13 +145,14 @@ class OwnChestScans(StudyDataset):
         for number in order:
             name, path = series[number]
             try:
-                hu = None if is_tensor_file(path) else chest_scan_hu(self.root / path)
-                volume = load_chest_volume(self.root / path, self.options, generator=generator, hu=hu)
+                file = self.root / path
+                hu = None if is_volume_file(file) else chest_scan_hu(file)
+                volume = load_chest_volume(file, self.options, generator=generator, hu=hu)
             except BadSampleError as error:
                 messages.append(f"{self.index[row]['study']}: {error}")
                 self.skipped.add(row, number, messages[-1])
                 continue
-            return volume.as_study(name, self.root / path)
+            return volume.as_study(name, file)
         more = f" (and {len(messages) - 1} more reconstructions)" if len(messages) > 1 else ""
         raise BadSampleError(f"{messages[0]}{more}: no reconstruction of this scan can be used")
 
@@ -165,9 +161,10 @@ class OwnChestScans(StudyDataset):
         messages = []
         for path in self.index[row]["series"].values():
             try:
-                if not is_tensor_file(path) and (self.root / path).exists():
+                file = self.root / path
+                if not is_volume_file(file) and file.exists():
                     return None
-                read_volume(self.root / path, memory_map=True)
+                read_volume(file, memory_map=True)
             except BadSampleError as error:
                 messages.append(f"{self.index[row]['study']}: {error}")
                 continue

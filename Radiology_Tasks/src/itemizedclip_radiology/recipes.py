@@ -385,9 +385,11 @@ class ChestData(ChestSettings):
             scans = scans_of(items_json, is_train=True)
         evaluators: list[Evaluator] = []
         # Training volumes may lie at an address, those to validate on lie here.
-        here = root if isinstance(root, Path) or self.labels is None else _on_this_machine(root)
-        labels = on_main(lambda: find_validation_labels(self.labels, here) if isinstance(here, Path) else None)
-        if labels is not None and isinstance(here, Path):
+        labels: Path | None = None
+        if self.labels is not None or isinstance(root, Path):
+            here = _on_this_machine(root)
+            labels = on_main(lambda: find_validation_labels(self.labels, here))
+        if labels is not None:
             reader = ChestReader(here, chest, self.cache(chest.window))
             labelled = on_main(lambda: open_labelled(labels, here, reader, loading.on_bad_sample))
             evaluators.append(

@@ -27,7 +27,7 @@ from itemizedclip_radiology.data.reports import StudyIndex, check_names, report_
 from itemizedclip_radiology.data.studies import LoadedStudy, Preparation, ScanReader, SeriesFile, load_study
 from itemizedclip_radiology.data.study_dataset import StudyDataset
 from itemizedclip_radiology.data.unprepared import hint_for_folder
-from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size, crop_series, read_volume
+from itemizedclip_radiology.data.volumes import BRAIN_SIZE, Size, crop_series, is_volume_file, read_volume
 
 NUM_SERIES = 10
 """Series slots of a study in every published recipe."""
@@ -232,7 +232,7 @@ class BrainStudies(StudyDataset):
         """See `StudyDataset`."""
         messages = []
         for file in self.files(row):
-            if self.read_scan is not None and file.path.suffix != ".pt" and file.path.exists():
+            if self.read_scan is not None and not is_volume_file(file.path) and file.path.exists():
                 return None
             try:
                 volume = read_volume(file.path, memory_map=True)

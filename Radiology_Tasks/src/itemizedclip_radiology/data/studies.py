@@ -22,6 +22,7 @@ from itemizedclip_radiology.data.volumes import (
     VoxelMap,
     crop_series,
     detect_grey_range,
+    is_volume_file,
     normalise_grey,
     read_volume,
     resample_brain,
@@ -120,7 +121,7 @@ def load_study(
         if max_series is not None and len(usable) == max_series:
             break
         try:
-            if read_scan is not None and isinstance(entry.path, Path) and entry.path.suffix != ".pt":
+            if read_scan is not None and isinstance(entry.path, Path) and not is_volume_file(entry.path):
                 for part, grey in read_scan(entry.path, size):
                     one = replace(entry, name=f"{entry.name}_{part}" if part else entry.name)
                     usable.append((one, grey, VoxelMap.of_box((0, 0, 0)), "0-255"))

@@ -161,6 +161,11 @@ def _local_file(path: Place, check: Callable[[Path], str] = lambda path: "") -> 
         return None
 
 
+def is_volume_file(path: Place) -> bool:
+    """Whether a name is that of a volume as this project stores it, and no scan as it came from the scanner."""
+    return path.suffix in (".pt", PACKED_SUFFIX)
+
+
 def volume_file(path: Place) -> Place:
     """The file of a volume: the path itself, or the packed one beside a `.pt` that is not there."""
     if path.suffix != ".pt" or path.is_file():
