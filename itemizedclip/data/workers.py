@@ -129,19 +129,15 @@ def delivered(loader: DataLoader[Any]) -> Iterator[Any]:
     batches = iter(loader)
     try:
         yield from map(unpacked, batches)
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            give_up(batches)
+    except BaseException as error:  # also when nobody asks for more
+        give_up(batches)
+        if not isinstance(error, RuntimeError) or "DataLoader" not in str(error):
             raise
         how = "gave nothing" if "timed out" in str(error) else "was killed"
-        kill_loader_processes()
         raise LoaderError(
             f"one of {loader.num_workers} loader processes {how} ({str(error).splitlines()[0][:200]}). Mostly the "
             "machine's memory was used up (see dmesg), or a disk does not answer: lower --workers or --batch-size"
         ) from None
-    except BaseException:  # also when nobody asks for more
-        give_up(batches)
-        raise
 
 
 def give_up(batches: Iterator[Any]) -> None:
